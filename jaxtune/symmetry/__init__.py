@@ -1,0 +1,10 @@
+"""Declare what a network's weights may do without changing its function; apply, compose, invert it."""
+
+from jaxtune.symmetry.element import Element, apply, check, compose, identity, invert, random
+from jaxtune.symmetry.groups import KINDS, Group, Kind
+from jaxtune.symmetry.spec import Axis, Spec, make_spec
+
+__all__ = [
+    "KINDS", "Axis", "Element", "Group", "Kind", "Spec",
+    "apply", "check", "compose", "identity", "invert", "make_spec", "random",
+]  # fmt: skip

@@ -1,0 +1,43 @@
+"""Package definition; everything a user needs to know about it stands in README.md."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1]
+    for line in (here / "jaxtune" / "version.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+REPORT = ["matplotlib>=3.8", "tensorboardX>=2.6.2"]
+TFDS = ["tensorflow-datasets>=4.9.7", "grain>=0.2.7"]
+
+setup(
+    name="jaxtune",
+    version=version,
+    description="Carry a fine-tune to a new base model without retraining; merge, interpolate and measure weights.",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxtune", "jaxtune.*"]),
+    package_data={"jaxtune": ["assets/*", "assets/**/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "safetensors>=0.5",
+    ],
+    extras_require={
+        "report": REPORT,
+        "tfds": TFDS,
+        "dev": [*REPORT, *TFDS, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-learn>=1.5"],
+    },
+    entry_points={"console_scripts": ["jaxtune=jaxtune.cli:main"]},
+)
