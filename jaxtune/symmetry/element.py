@@ -22,9 +22,7 @@ Element = Mapping[str, Any]
 
 def identity(spec: Spec) -> dict[str, Any]:
     """The element that changes nothing."""
-    return {
-        name: kind_of(group).identity(group.size, spec.count_of(name)) for name, group in spec.groups.items()
-    }
+    return {name: kind_of(group).identity(group.size, spec.count_of(name)) for name, group in spec.groups.items()}
 
 
 def random(key: jax.Array, spec: Spec) -> dict[str, Any]:
@@ -51,14 +49,10 @@ def apply(spec: Spec, element: Element, params: Params) -> dict[str, Any]:
     """
     spec.check(params)
     check(spec, element)
-    return unflatten(
-        {path: apply_to_leaf(spec, element, path, leaf) for path, leaf in flatten(params).items()}
-    )
+    return unflatten({path: apply_to_leaf(spec, element, path, leaf) for path, leaf in flatten(params).items()})
 
 
-def apply_to_leaf(
-    spec: Spec, element: Element, path: str, leaf: Leaf, *, skip_axes: tuple[int, ...] = ()
-) -> Leaf:
+def apply_to_leaf(spec: Spec, element: Element, path: str, leaf: Leaf, *, skip_axes: tuple[int, ...] = ()) -> Leaf:
     """`apply` for the one leaf at `path`, holding the axes `skip_axes` still."""
     axes = spec.axes[path]
 

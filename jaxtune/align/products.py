@@ -1,0 +1,128 @@
+"""Inner products between the units of two networks: the numbers that every assignment is solved on.
+
+Units of the target are rows, units of the source columns. The source's *other* axes are moved by the
+element found so far before the product, so a score says how well a unit fits given everything else.
+The arithmetic is jitted and keyed by the layout of a leaf, not by its path: all blocks of a
+transformer share a handful of compiled programs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.symmetry.element import Element
+from jaxtune.symmetry.spec import Spec
+from jaxtune.types import Leaf
+
+
+def unit_scores(spec: Spec, element: Element, path: str, axis: int, target: Leaf, source: Leaf) -> jax.Array:
+    """Inner products of every target unit with every source unit along one axis of one leaf.
+
+    Shapes:
+        target, source: the leaf at `path` in both networks, float[..., n, ...].
+        returns: float32[n, n].
+    """
+    layout, orders = _layout_of(spec, element, path, skip=(axis,))
+    return _unit_scores(target, source, orders, layout=layout, axis=axis)
+
+
+def slot_scores(
+    spec: Spec, element: Element, path: str, parent_axis: int, axis: int, target: Leaf, source: Leaf
+) -> jax.Array:
+    """The same inside each pair of matched parents (heads), which the element has already matched.
+
+    Shapes:
+        returns: float32[parents, n, n].
+    """
+    layout, orders = _layout_of(spec, element, path, skip=(axis,))
+    return _slot_scores(target, source, orders, layout=layout, parent_axis=parent_axis, axis=axis)
+
+
+def pair_scores(
+    spec: Spec, element: Element, path: str, parent_axis: int, axis: int, target: Leaf, source: Leaf
+) -> jax.Array:
+    """The same inside every pair of parents, matched or not.
+
+    Shapes:
+        returns: float32[target parents, source parents, n, n].
+    """
+    layout, orders = _layout_of(spec, element, path, skip=(parent_axis, axis))
+    return _pair_scores(target, source, orders, layout=layout, parent_axis=parent_axis, axis=axis)
+
+
+def leaf_product(spec: Spec, element: Element, path: str, target: Leaf, source: Leaf) -> float:
+    """`<target, g(source)>` over one leaf."""
+    layout, orders = _layout_of(spec, element, path, skip=())
+    return float(_leaf_product(target, source, orders, layout=layout))
+
+
+# One entry per axis of a leaf: None where nothing moves, else the axis of the parent or -1.
+Layout = tuple[int | None, ...]
+
+
+def _layout_of(spec, element, path, *, skip):
+    layout, orders = [], []
+    owners = [axis.group if axis else None for axis in spec.axes[path]]
+    for position, owner in enumerate(owners):
+        if owner is None or position in skip:
+            layout.append(None)
+            continue
+        parent = spec.groups[owner].parent
+        layout.append(-1 if parent is None else owners.index(parent))
+        orders.append(np.asarray(element[owner], np.int32))
+    return tuple(layout), tuple(orders)
+
+
+def _move(leaf, orders, layout):
+    orders = dict(zip([a for a, entry in enumerate(layout) if entry is not None], orders, strict=True))
+    for axis in sorted(orders, key=lambda axis: layout[axis] >= 0):  # parents first
+        parent_axis = layout[axis]
+        if parent_axis < 0:
+            leaf = jnp.take(leaf, orders[axis], axis=axis)
+        else:
+            index = orders[axis] if parent_axis < axis else orders[axis].T
+            shape = [leaf.shape[a] if a in (axis, parent_axis) else 1 for a in range(leaf.ndim)]
+            leaf = jnp.take_along_axis(leaf, index.reshape(shape), axis=axis)
+    return leaf
+
+
+def _moved_pair(target, source, orders, layout):
+    wide = jnp.promote_types(jnp.promote_types(target.dtype, source.dtype), jnp.float32)
+    return target.astype(wide), _move(source.astype(wide), orders, layout)
+
+
+def _matmul(a, b, spec):
+    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "axis"))
+def _unit_scores(target, source, orders, *, layout: Layout, axis: int):
+    target, source = _moved_pair(target, source, orders, layout)
+    rows = jnp.moveaxis(target, axis, 0).reshape(target.shape[axis], -1)
+    columns = jnp.moveaxis(source, axis, 0).reshape(source.shape[axis], -1)
+    return _matmul(rows, columns, "ix,jx->ij")
+
+
+def _by_parent(leaf, parent_axis, axis):
+    moved = jnp.moveaxis(leaf, (parent_axis, axis), (0, 1))
+    return moved.reshape(*moved.shape[:2], -1)  # [parent, unit, rest]
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "parent_axis", "axis"))
+def _slot_scores(target, source, orders, *, layout: Layout, parent_axis: int, axis: int):
+    target, source = _moved_pair(target, source, orders, layout)
+    return _matmul(_by_parent(target, parent_axis, axis), _by_parent(source, parent_axis, axis), "hix,hjx->hij")
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "parent_axis", "axis"))
+def _pair_scores(target, source, orders, *, layout: Layout, parent_axis: int, axis: int):
+    target, source = _moved_pair(target, source, orders, layout)
+    return _matmul(_by_parent(target, parent_axis, axis), _by_parent(source, parent_axis, axis), "hix,gjx->hgij")
+
+
+@functools.partial(jax.jit, static_argnames=("layout",))
+def _leaf_product(target, source, orders, *, layout: Layout):
+    target, source = _moved_pair(target, source, orders, layout)
+    return jnp.sum(target * source)

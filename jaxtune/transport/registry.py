@@ -1,0 +1,101 @@
+"""Every transport method by name, with what it needs; one call for all of them."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxtune.errors import unknown_name
+from jaxtune.transport.auto import prepare_auto
+from jaxtune.transport.identity import prepare_identity
+from jaxtune.transport.orthogonal_shift import prepare_orthogonal_shift
+from jaxtune.transport.permutation import prepare_permutation
+from jaxtune.transport.prepared import Prepared, Symmetry
+from jaxtune.transport.transfusion import prepare_transfusion
+from jaxtune.types import Params
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to carry a task vector.
+
+    Attributes:
+        prepare: (key, symmetry, source, finetuned, target, **options) -> Prepared.
+        summary: One line for listings.
+        data: What it needs beyond weights.
+        reference: Where it comes from.
+    """
+
+    prepare: Callable[..., Prepared]
+    summary: str
+    data: str
+    reference: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option -> default, read off the signature."""
+        parameters = inspect.signature(self.prepare).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+METHODS: dict[str, Method] = {
+    "auto": Method(
+        prepare_auto,
+        "identity among kin, else permutation; decided from the weights alone",
+        "none",
+        "this project",
+    ),
+    "identity": Method(prepare_identity, "add the task vector as it is", "none", "arXiv:2212.04089"),
+    "orthogonal_shift": Method(
+        prepare_orthogonal_shift,
+        "leave out the part along the way from old to new base",
+        "none",
+        "merge-and-rebase",
+    ),
+    "permutation": Method(
+        prepare_permutation,
+        "weight matching by permutations that keep heads whole; exact",
+        "none",
+        "arXiv:2209.04836",
+    ),
+    "transfusion": Method(
+        prepare_transfusion,
+        "heads by singular values, one order of the stream per junction",
+        "none",
+        "arXiv:2505.22697",
+    ),
+}
+
+
+def prepare_transport(
+    key: jax.Array,
+    symmetry: Symmetry,
+    source: Params,
+    finetuned: Params,
+    target: Params,
+    *,
+    method: str = "auto",
+    **options: Any,
+) -> Prepared:
+    """Prepares the named method; `transport.apply_transport` then adds the result at any scale.
+
+    Args:
+        key: Random choices of the method.
+        symmetry: Spec of the three networks, as a function of the family's own options.
+        source, finetuned, target: Old base, its fine-tune, new base.
+        method: A key of `METHODS`.
+        **options: The method's own.
+
+    Raises:
+        UnknownNameError: no such method, or no such option of it; lists the known ones.
+        JaxtuneError: as the method.
+    """
+    if method not in METHODS:
+        raise unknown_name("transport method", method, METHODS)
+    known = METHODS[method].options
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of transport method {method!r}", option, known or ["(none)"])
+    return METHODS[method].prepare(key, symmetry, source, finetuned, target, **options)
