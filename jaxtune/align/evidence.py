@@ -1,5 +1,6 @@
 """How far to trust an alignment, read off the weights alone."""
 
+import itertools
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -135,7 +136,7 @@ def stream_coherence(spec: Spec, element: Element) -> float:
     orders = [np.asarray(element[name]) for name in spec.junctions]
     if len(orders) < 2:
         return 1.0
-    return float(np.mean([np.mean(a == b) for a, b in zip(orders, orders[1:], strict=False)]))
+    return float(np.mean([np.mean(a == b) for a, b in itertools.pairwise(orders)]))
 
 
 def block_of(path: str) -> str:

@@ -1,0 +1,98 @@
+"""The direction of imports: rooms above never import from rooms below."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxtune"
+
+# Room -> rooms of ours it may import. A room may always import itself.
+GROUND = ("types", "errors", "tree", "rng", "version")
+MAY_IMPORT = {
+    "types": (),
+    "version": (),
+    "errors": ("types",),
+    "tree": ("types", "errors"),
+    "rng": ("types", "errors", "tree"),
+    "symmetry": GROUND,
+    "align": (*GROUND, "symmetry"),
+    "merge": (*GROUND, "symmetry"),
+    "interpolate": (*GROUND, "symmetry"),
+    "transport": (*GROUND, "symmetry", "align", "merge", "interpolate"),
+    "models": (*GROUND, "symmetry"),
+    "mesh": GROUND,
+    "data": GROUND,
+    "checkpoint": GROUND,
+}
+ALL_ABOVE = tuple(MAY_IMPORT)
+for room in ("stream", "train", "evaluate"):
+    MAY_IMPORT[room] = ALL_ABOVE
+MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate")
+for room in ("api", "commands", "demo", "cli", "__init__", "__main__"):
+    MAY_IMPORT[room] = (*ALL_ABOVE, "stream", "train", "evaluate", "report", "api", "commands", "demo", "cli")
+
+# Packages from outside -> rooms that may import them. Not listed: the standard library, jax, numpy.
+OUTSIDE = {
+    "scipy": {"align", "merge", "interpolate", "data"},
+    "flax": {"models"},
+    "optax": {"stream", "train", "evaluate"},
+    "orbax": {"checkpoint", "train"},
+    "safetensors": set(),
+    "tensorflow_datasets": {"data"},
+    "grain": {"data"},
+    "ml_dtypes": {"checkpoint", "tree"},
+    "matplotlib": {"report", "data"},
+    "PIL": {"data"},
+    "tensorboardX": {"train"},
+    "absl": set(),
+    "ml_collections": {"demo"},
+    "torch": set(),
+    "transformers": set(),
+    "tensorflow": set(),
+    "sklearn": set(),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path):
+    """Every module imported anywhere in a file, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "jaxtune":  # from jaxtune import tree
+                yield from (f"jaxtune.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_from_the_rooms_above_only(path):
+    room = room_of(path)
+    assert room in MAY_IMPORT, f"{room} is no room of design.md; name it in this test with what it may import"
+    for module in imports_of(path):
+        words = module.split(".")
+        if words[0] == "jaxtune" and len(words) > 1:
+            assert words[1] == room or words[1] in MAY_IMPORT[room], f"{path.name} imports {module}"
+        elif words[0] in OUTSIDE:
+            assert room in OUTSIDE[words[0]], f"{room} imports {module}"
+
+
+def test_configs_import_nothing_of_ours():
+    for path in (ROOT / "configs").glob("*.py"):
+        assert not [m for m in imports_of(path) if m.split(".")[0] in ("jaxtune", "experiments")], path
+
+
+def test_importing_the_package_does_not_load_jax():
+    code = "import sys, jaxtune, jaxtune.cli, jaxtune.tree; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.split()[0] == "False"
