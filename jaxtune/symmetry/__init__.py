@@ -1,7 +1,8 @@
 """Declare what a network's weights may do without changing its function; apply, compose, invert it."""
 
 from jaxtune.symmetry.element import Element, apply, check, compose, identity, invert, random
-from jaxtune.symmetry.groups import KINDS, Group, Kind
+from jaxtune.symmetry.groups import Group, Kind
+from jaxtune.symmetry.kinds import KINDS
 from jaxtune.symmetry.spec import Axis, Spec, make_spec
 
 __all__ = [

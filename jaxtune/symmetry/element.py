@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxtune.errors import SpecError
 from jaxtune.rng import named_key
-from jaxtune.symmetry.groups import kind_of
+from jaxtune.symmetry.kinds import kind_of
 from jaxtune.symmetry.spec import Spec
 from jaxtune.tree import flatten, unflatten
 from jaxtune.types import Leaf, Params

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jaxtune.errors import SpecError
-from jaxtune.symmetry.groups import Group, kind_of
+from jaxtune.symmetry.groups import Group
+from jaxtune.symmetry.kinds import kind_of
 from jaxtune.tree import MAX_LINES, flatten
 from jaxtune.types import Params
 

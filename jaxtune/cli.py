@@ -1,0 +1,121 @@
+"""The program `jaxtune`: arguments in, one command run, errors as one message and an exit code.
+
+Nothing heavy is imported before a command runs, so that `jaxtune --help` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from jaxtune.errors import JaxtuneError
+from jaxtune.version import __version__
+
+DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 130
+
+PATHS = """\
+PATH is a folder with config.json and *.safetensors (one, or many with an index), a single .safetensors
+file, an .npz file, or an orbax folder. Exit codes: 0 done; 2 something to mend in the input, with a message
+that says what; 1 a fault of jaxtune itself; 130 interrupted. An output appears whole or not at all."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments; each command lives in `jaxtune.commands`."""
+    parser = argparse.ArgumentParser(
+        prog="jaxtune",
+        description="Carry a fine-tune to a new base model, without data and without training.",
+        epilog=PATHS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxtune {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name, summary):
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=PATHS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    demo = add("demo", "the main job on embedded data: table, figures, report")
+    demo.add_argument("--out", metavar="DIR", help="also write report.html, report.json and the models there")
+    demo.add_argument("--from-scratch", action="store_true", help="train the embedded checkpoints anew (minutes)")
+    _add_overwrite(demo)
+
+    inspect = add("inspect", "what is in a checkpoint: family, leaves, shapes, dtypes, symmetry")
+    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--config", metavar="JSON", help="config.json of a checkpoint that carries none")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    align = add("align", "find the symmetry element that brings a source base close to a target base")
+    align.add_argument("--source", metavar="PATH", required=True, help="the base that moves")
+    align.add_argument("--target", metavar="PATH", required=True, help="the base that stays")
+    align.add_argument("--method", default="weights", help="see `jaxtune methods` (default: %(default)s)")
+    _add_common(align)
+
+    transport = add("transport", "carry a fine-tune of an old base to a new base")
+    transport.add_argument("--source", metavar="PATH", required=True, help="old base")
+    transport.add_argument("--finetuned", metavar="PATH", required=True, help="fine-tune of the old base")
+    transport.add_argument("--target", metavar="PATH", required=True, help="new base")
+    transport.add_argument("--method", default="auto", help="see `jaxtune methods` (default: %(default)s)")
+    transport.add_argument("--scale", type=float, default=1.0, help="factor of the task vector (default: %(default)s)")
+    transport.add_argument("--evaluate", metavar="DATA", help="measure the fine-tune's task: an .npz, or digits")
+    transport.add_argument("--support", metavar="DATA", help="measure what the new base could before: an .npz, or glyphs")
+    transport.add_argument("--no-verify", dest="verify", action="store_false", help="gather no evidence; faster")
+    transport.add_argument("--plan", action="store_true", help="check headers and configs, say what it takes, write nothing")
+    _add_common(transport)
+
+    interpolate = add("interpolate", "a model on the straight line between two")
+    interpolate.add_argument("first", metavar="A", help="weight 0")
+    interpolate.add_argument("second", metavar="B", help="weight 1")
+    interpolate.add_argument("--weight", type=float, default=0.5, help="where on the line (default: %(default)s)")
+    interpolate.add_argument("--config", metavar="JSON", help="config.json of checkpoints that carry none")
+    interpolate.add_argument("--out", metavar="DIR", required=True)
+    _add_overwrite(interpolate)
+
+    methods = add("methods", "every align and transport method: options, defaults, data needs, reference")
+    methods.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        module = importlib.import_module(f"jaxtune.commands.{arguments.command}")
+        module.run(arguments)
+    except JaxtuneError as error:
+        print(f"jaxtune {arguments.command}: {error}", file=sys.stderr)
+        return YOURS
+    except KeyboardInterrupt:
+        print(f"jaxtune {arguments.command}: interrupted; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return DONE
+    except Exception:
+        traceback.print_exc()
+        print(f"jaxtune {arguments.command}: this is a fault of jaxtune {__version__}, not yours.", file=sys.stderr)
+        return OURS
+    return DONE
+
+
+def _add_common(command):
+    command.add_argument("--out", metavar="DIR", help="where the result goes")
+    command.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+    command.add_argument("--config", metavar="JSON", help="config.json of checkpoints that carry none")
+    command.add_argument(
+        "-o", "--option", metavar="NAME=VALUE", action="append", default=[], help="an option of the method; repeatable"
+    )
+    _add_overwrite(command)
+
+
+def _add_overwrite(command):
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier result at --out")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One command a file; `jaxtune.cli` says what arguments each takes."""

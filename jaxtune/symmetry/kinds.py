@@ -1,0 +1,23 @@
+"""The kinds of symmetry by name.
+
+Everything else in the package goes through this table, so a new kind is one more row and no special case.
+"""
+
+from jaxtune.errors import SpecError
+from jaxtune.symmetry.groups import Group, Kind
+from jaxtune.symmetry.linear import CENTRED_ORTHOGONAL, GENERAL_LINEAR, ORTHOGONAL
+from jaxtune.symmetry.permutations import PERMUTATION
+
+KINDS: dict[str, Kind] = {
+    "permutation": PERMUTATION,
+    "orthogonal": ORTHOGONAL,
+    "centred_orthogonal": CENTRED_ORTHOGONAL,
+    "general_linear": GENERAL_LINEAR,
+}
+
+
+def kind_of(group: Group) -> Kind:
+    """The row of `KINDS` for `group`; `SpecError` where there is none."""
+    if group.kind not in KINDS:
+        raise SpecError(f"group {group.name}: unknown kind {group.kind!r}; known: {', '.join(KINDS)}.")
+    return KINDS[group.kind]
