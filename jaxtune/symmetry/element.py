@@ -42,7 +42,8 @@ def apply(spec: Spec, element: Element, params: Params) -> dict[str, Any]:
     Args:
         spec: Symmetry of the architecture.
         element: One value per group.
-        params: Weights or a task vector; numpy or JAX leaves (then traceable).
+        params: Weights or a task vector; numpy or JAX leaves (then traceable). Changes of basis are
+            computed in float32 or wider and rounded once.
 
     Raises:
         SpecError: the tree does not fit the spec, or the element does not.
@@ -54,7 +55,7 @@ def apply(spec: Spec, element: Element, params: Params) -> dict[str, Any]:
 
 def apply_to_leaf(spec: Spec, element: Element, path: str, leaf: Leaf, *, skip_axes: tuple[int, ...] = ()) -> Leaf:
     """`apply` for the one leaf at `path`, holding the axes `skip_axes` still."""
-    axes = spec.axes[path]
+    axes, dtype = spec.axes[path], leaf.dtype
 
     def is_inside(position):
         return axes[position] is not None and spec.groups[axes[position].group].parent is not None
@@ -69,7 +70,7 @@ def apply_to_leaf(spec: Spec, element: Element, path: str, leaf: Leaf, *, skip_a
         if group.parent is not None:
             parent_axis = next(p for p, other in enumerate(axes) if other and other.group == group.parent)
         leaf = kind_of(group).act(element[axis.group], leaf, position, parent_axis, axis.dual)
-    return leaf
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
 def compose(spec: Spec, second: Element, first: Element) -> dict[str, Any]:

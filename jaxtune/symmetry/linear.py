@@ -69,21 +69,19 @@ def _act_orthogonal(matrix, leaf, axis, parent_axis, dual):
 
 
 def _contract(matrix, leaf, axis, parent_axis):
+    """The moved leaf in float32 or wider; `element.apply` rounds once, after the last axis."""
     letters = "abcdefgh"[: leaf.ndim]
     inner = letters[axis] + "z"
     matrix_letters = inner if parent_axis is None else letters[parent_axis] + inner
     formula = f"{letters},{matrix_letters}->{letters.replace(letters[axis], 'z')}"
     if isinstance(leaf, np.ndarray):
         wide = np.promote_types(leaf.dtype, np.float32)
-        return np.einsum(formula, leaf.astype(wide), np.asarray(matrix).astype(wide), optimize=True).astype(leaf.dtype)
+        return np.einsum(formula, leaf.astype(wide), np.asarray(matrix).astype(wide), optimize=True)
     import jax
     import jax.numpy as jnp
 
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    moved = jnp.einsum(
-        formula, leaf.astype(wide), jnp.asarray(matrix).astype(wide), precision=jax.lax.Precision.HIGHEST
-    )
-    return moved.astype(leaf.dtype)
+    return jnp.einsum(formula, leaf.astype(wide), jnp.asarray(matrix).astype(wide), precision=jax.lax.Precision.HIGHEST)
 
 
 def _compose(second, first, second_parent):
