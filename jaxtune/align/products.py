@@ -24,8 +24,8 @@ def unit_scores(spec: Spec, element: Element, path: str, axis: int, target: Leaf
         target, source: the leaf at `path` in both networks, float[..., n, ...].
         returns: float32[n, n].
     """
-    layout, orders = _layout_of(spec, element, path, skip=(axis,))
-    return _unit_scores(target, source, orders, layout=layout, axis=axis)
+    layout, values = _layout_of(spec, element, path, skip=(axis,))
+    return _unit_scores(target, source, values, layout=layout, axis=axis)
 
 
 def slot_scores(
@@ -36,8 +36,8 @@ def slot_scores(
     Shapes:
         returns: float32[parents, n, n].
     """
-    layout, orders = _layout_of(spec, element, path, skip=(axis,))
-    return _slot_scores(target, source, orders, layout=layout, parent_axis=parent_axis, axis=axis)
+    layout, values = _layout_of(spec, element, path, skip=(axis,))
+    return _slot_scores(target, source, values, layout=layout, parent_axis=parent_axis, axis=axis)
 
 
 def pair_scores(
@@ -48,61 +48,76 @@ def pair_scores(
     Shapes:
         returns: float32[target parents, source parents, n, n].
     """
-    layout, orders = _layout_of(spec, element, path, skip=(parent_axis, axis))
-    return _pair_scores(target, source, orders, layout=layout, parent_axis=parent_axis, axis=axis)
+    layout, values = _layout_of(spec, element, path, skip=(parent_axis, axis))
+    return _pair_scores(target, source, values, layout=layout, parent_axis=parent_axis, axis=axis)
 
 
-def leaf_product(spec: Spec, element: Element, path: str, target: Leaf, source: Leaf) -> float:
-    """`<target, g(source)>` over one leaf."""
-    layout, orders = _layout_of(spec, element, path, skip=())
-    return float(_leaf_product(target, source, orders, layout=layout))
+def leaf_product(spec: Spec, element: Element, path: str, target: Leaf, source: Leaf) -> tuple[float, float]:
+    """`<target, g(source)>` and `<g(source), g(source)>` over one leaf."""
+    layout, values = _layout_of(spec, element, path, skip=())
+    product, square = _leaf_product(target, source, values, layout=layout)
+    return float(product), float(square)
 
 
-# One entry per axis of a leaf: None where nothing moves, else the axis of the parent or -1.
-Layout = tuple[int | None, ...]
+# One entry per axis of a leaf: None where nothing moves, else how it moves ("take" or "turn") and the axis
+# of the parent, -1 without one.
+Layout = tuple[tuple[str, int] | None, ...]
 
 
 def _layout_of(spec, element, path, *, skip):
-    layout, orders = [], []
+    layout, values = [], []
     owners = [axis.group if axis else None for axis in spec.axes[path]]
-    for position, owner in enumerate(owners):
+    for position, (owner, axis) in enumerate(zip(owners, spec.axes[path], strict=True)):
         if owner is None or position in skip:
             layout.append(None)
             continue
-        parent = spec.groups[owner].parent
-        layout.append(-1 if parent is None else owners.index(parent))
-        orders.append(np.asarray(element[owner], np.int32))
-    return tuple(layout), tuple(orders)
-
-
-def _move(leaf, orders, layout):
-    orders = dict(zip([a for a, entry in enumerate(layout) if entry is not None], orders, strict=True))
-    for axis in sorted(orders, key=lambda axis: layout[axis] >= 0):  # parents first
-        parent_axis = layout[axis]
-        if parent_axis < 0:
-            leaf = jnp.take(leaf, orders[axis], axis=axis)
+        group = spec.groups[owner]
+        parent_axis = -1 if group.parent is None else owners.index(group.parent)
+        if group.kind == "permutation":
+            layout.append(("take", parent_axis))
+            values.append(np.asarray(element[owner], np.int32))
         else:
-            index = orders[axis] if parent_axis < axis else orders[axis].T
+            matrix = np.asarray(element[owner])
+            if axis.dual and group.kind == "general_linear":
+                matrix = np.swapaxes(np.linalg.inv(matrix), -1, -2)
+            layout.append(("turn", parent_axis))
+            values.append(matrix.astype(np.float32))
+    return tuple(layout), tuple(values)
+
+
+def _move(leaf, values, layout):
+    values = dict(zip([a for a, entry in enumerate(layout) if entry is not None], values, strict=True))
+    for axis in sorted(values, key=lambda axis: layout[axis][1] >= 0):  # parents first
+        (how, parent_axis), value = layout[axis], values[axis]
+        if how == "turn":
+            letters = "abcdefgh"[: leaf.ndim]
+            inner = letters[axis] + "z"
+            matrix = inner if parent_axis < 0 else letters[parent_axis] + inner
+            leaf = _einsum(leaf, value.astype(leaf.dtype), f"{letters},{matrix}->{letters.replace(letters[axis], 'z')}")
+        elif parent_axis < 0:
+            leaf = jnp.take(leaf, value, axis=axis)
+        else:
+            index = value if parent_axis < axis else value.T
             shape = [leaf.shape[a] if a in (axis, parent_axis) else 1 for a in range(leaf.ndim)]
             leaf = jnp.take_along_axis(leaf, index.reshape(shape), axis=axis)
     return leaf
 
 
-def _moved_pair(target, source, orders, layout):
+def _moved_pair(target, source, values, layout):
     wide = jnp.promote_types(jnp.promote_types(target.dtype, source.dtype), jnp.float32)
-    return target.astype(wide), _move(source.astype(wide), orders, layout)
+    return target.astype(wide), _move(source.astype(wide), values, layout)
 
 
-def _matmul(a, b, spec):
-    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
+def _einsum(a, b, formula):
+    return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "axis"))
-def _unit_scores(target, source, orders, *, layout: Layout, axis: int):
-    target, source = _moved_pair(target, source, orders, layout)
+def _unit_scores(target, source, values, *, layout: Layout, axis: int):
+    target, source = _moved_pair(target, source, values, layout)
     rows = jnp.moveaxis(target, axis, 0).reshape(target.shape[axis], -1)
     columns = jnp.moveaxis(source, axis, 0).reshape(source.shape[axis], -1)
-    return _matmul(rows, columns, "ix,jx->ij")
+    return _einsum(rows, columns, "ix,jx->ij")
 
 
 def _by_parent(leaf, parent_axis, axis):
@@ -111,18 +126,18 @@ def _by_parent(leaf, parent_axis, axis):
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "parent_axis", "axis"))
-def _slot_scores(target, source, orders, *, layout: Layout, parent_axis: int, axis: int):
-    target, source = _moved_pair(target, source, orders, layout)
-    return _matmul(_by_parent(target, parent_axis, axis), _by_parent(source, parent_axis, axis), "hix,hjx->hij")
+def _slot_scores(target, source, values, *, layout: Layout, parent_axis: int, axis: int):
+    target, source = _moved_pair(target, source, values, layout)
+    return _einsum(_by_parent(target, parent_axis, axis), _by_parent(source, parent_axis, axis), "hix,hjx->hij")
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "parent_axis", "axis"))
-def _pair_scores(target, source, orders, *, layout: Layout, parent_axis: int, axis: int):
-    target, source = _moved_pair(target, source, orders, layout)
-    return _matmul(_by_parent(target, parent_axis, axis), _by_parent(source, parent_axis, axis), "hix,gjx->hgij")
+def _pair_scores(target, source, values, *, layout: Layout, parent_axis: int, axis: int):
+    target, source = _moved_pair(target, source, values, layout)
+    return _einsum(_by_parent(target, parent_axis, axis), _by_parent(source, parent_axis, axis), "hix,gjx->hgij")
 
 
 @functools.partial(jax.jit, static_argnames=("layout",))
-def _leaf_product(target, source, orders, *, layout: Layout):
-    target, source = _moved_pair(target, source, orders, layout)
-    return jnp.sum(target * source)
+def _leaf_product(target, source, values, *, layout: Layout):
+    target, source = _moved_pair(target, source, values, layout)
+    return jnp.sum(target * source), jnp.sum(source * source)

@@ -1,0 +1,118 @@
+"""Closed forms for changes of basis: the best rotation, the best invertible map inside a head."""
+
+import numpy as np
+
+from jaxtune.symmetry.linear import fix_ones
+
+# Directions in which a head does nothing (relative to its strongest) cannot be balanced and are left alone.
+RANK_TOLERANCE = 1e-6
+
+
+def polar_factor(matrix: np.ndarray) -> np.ndarray:
+    """The orthogonal matrix nearest to `matrix`: float[..., n, n] -> float64[..., n, n].
+
+    It maximises `trace(O^T matrix)`; where `matrix` is singular, one of several.
+    """
+    left, _, right = np.linalg.svd(np.asarray(matrix, np.float64))
+    return left @ right
+
+
+def centred_polar_factor(matrix: np.ndarray) -> np.ndarray:
+    """The same among the orthogonal matrices that keep the ones vector: float[n, n] -> float64[n, n]."""
+    basis = fix_ones(len(matrix))
+    turned = basis @ np.asarray(matrix, np.float64) @ basis.T
+    whole = np.eye(len(matrix))
+    whole[1:, 1:] = polar_factor(turned[1:, 1:])
+    return basis.T @ whole @ basis
+
+
+def balance(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A map S after which both sides of a circuit have one Gram matrix: (S, its inverse).
+
+    Args:
+        rows, columns: Gram matrices of the two sides, `X^T X` and `Y^T Y`.
+
+    Shapes:
+        rows, columns: float[..., n, n]. Both results: float64[..., n, n].
+
+    `X S` and `Y S^-T` make the same product `X Y^T`, and share one diagonal Gram matrix. Any two
+    factorisations of one product then differ by a rotation only. Directions that the product does not use
+    are left unscaled.
+    """
+    half_rows, half_columns = _root(rows), _root(columns)
+    left, values, _ = np.linalg.svd(half_rows @ half_columns)
+    values = np.maximum(values, RANK_TOLERANCE * values[..., :1] + np.finfo(np.float64).tiny)
+    # X^T X = R R with R symmetric, and R_x R_y = U V W^T, so S = R_x^-1 U sqrt(V).
+    forward = np.linalg.solve(half_rows, left) * np.sqrt(values)[..., None, :]
+    return forward, np.linalg.inv(forward)
+
+
+def solve_inside(
+    cross: tuple[np.ndarray, np.ndarray],
+    source: tuple[np.ndarray, np.ndarray],
+    target: tuple[np.ndarray, np.ndarray],
+    current: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The map inside each head that brings the source's two sides closest to the target's.
+
+    Minimises `|X_A g - X_B|^2 + |Y_A g^-T - Y_B|^2` over four candidates and keeps the best for each head:
+    the current map, no map, the best rotation, and the rotation between the balanced sides. The last is
+    exact whenever the two heads are one circuit in two bases.
+
+    Args:
+        cross: `X_A^T X_B` and `Y_A^T Y_B`, the sides being (query, key) or (value, output).
+        source: Gram matrices `X_A^T X_A` and `Y_A^T Y_A`.
+        target: Gram matrices of the target.
+        current: Maps to beat.
+
+    Shapes:
+        every argument: float[heads, n, n].
+        returns: maps float64[heads, n, n] and their objective float64[heads], see `inside_objective`.
+
+    Reference:
+        Schönemann 1966 (orthogonal Procrustes); for the balanced start, the gauge of a matrix product.
+    """
+    x, y = (np.asarray(matrix, np.float64) for matrix in cross)
+    forward, backward = balance(*source)
+    forward_target, backward_target = balance(*target)
+    # In balanced coordinates: X_A S_A against X_B S_B, Y_A S_A^-T against Y_B S_B^-T.
+    turned = _t(forward) @ x @ forward_target + backward @ y @ _t(backward_target)
+    candidates = [
+        np.asarray(current, np.float64),
+        np.broadcast_to(np.eye(x.shape[-1]), x.shape),
+        polar_factor(x + y),
+        forward @ polar_factor(turned) @ backward_target,
+    ]
+    scores = np.stack([inside_objective(g, cross, source) for g in candidates])
+    scores = np.where(np.isfinite(scores), scores, -np.inf)
+    best = np.argmax(scores, axis=0)
+    heads = np.arange(len(best))
+    return np.stack(candidates)[best, heads], scores[best, heads]
+
+
+def inside_objective(
+    maps: np.ndarray, cross: tuple[np.ndarray, np.ndarray], source: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """`<X_B, X_A g> - |X_A g|^2 / 2`, and the same for the dual side: float[heads, n, n] -> float64[heads].
+
+    Minus half the squared distance to the target, up to the target's own square.
+    """
+    inverse = np.linalg.inv(maps)
+    x, y = cross
+    return (
+        np.einsum("hab,hab->h", x, maps)
+        - 0.5 * np.einsum("hab,hac,hcb->h", maps, source[0], maps)
+        + np.einsum("hab,hba->h", y, inverse)
+        - 0.5 * np.einsum("hba,hac,hbc->h", inverse, source[1], inverse)
+    )
+
+
+def _root(gram):
+    """Symmetric square root, with silent directions lifted off zero so that it can be inverted."""
+    values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))
+    values = np.maximum(values, RANK_TOLERANCE**2 * values[..., -1:] + np.finfo(np.float64).tiny)
+    return (vectors * np.sqrt(values)[..., None, :]) @ _t(vectors)
+
+
+def _t(matrix):
+    return np.swapaxes(matrix, -1, -2)
