@@ -62,10 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     transport.add_argument("--target", metavar="PATH", required=True, help="new base")
     transport.add_argument("--method", default="auto", help="see `jaxtune methods` (default: %(default)s)")
     transport.add_argument("--scale", type=float, default=1.0, help="factor of the task vector (default: %(default)s)")
-    transport.add_argument("--evaluate", metavar="DATA", help="measure the fine-tune's task: an .npz, or digits")
-    transport.add_argument("--support", metavar="DATA", help="measure what the new base could before: an .npz, or glyphs")
+    transport.add_argument("--evaluate", metavar="DATA", help="measure the task on an .npz, digits or glyphs")
+    transport.add_argument("--support", metavar="DATA", help="measure also what the base could before")
     transport.add_argument("--no-verify", dest="verify", action="store_false", help="gather no evidence; faster")
-    transport.add_argument("--plan", action="store_true", help="check headers and configs, say what it takes, write nothing")
+    transport.add_argument("--plan", action="store_true", help="check, say what it takes, write nothing")
     _add_common(transport)
 
     interpolate = add("interpolate", "a model on the straight line between two")

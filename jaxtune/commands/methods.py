@@ -12,7 +12,8 @@ KINDS = {"align": ALIGN_METHODS, "transport": TRANSPORT_METHODS}
 def run(arguments) -> None:
     """Prints every method as a table, or as JSON: {kind: {method: {summary, options, data, reference}}}."""
     if arguments.json:
-        print(json.dumps({kind: {n: _describe(m) for n, m in table.items()} for kind, table in KINDS.items()}, indent=2))
+        facts = {kind: {name: _describe(method) for name, method in table.items()} for kind, table in KINDS.items()}
+        print(json.dumps(facts, indent=2))
         return
     for kind, table in KINDS.items():
         print(f"{kind} methods")

@@ -1,0 +1,287 @@
+"""The calls behind `import jaxtune as jt`: everything the command line does, on trees of weights.
+
+A model is either a checkpoint, as `jt.load` gives, or a bare tree of arrays; with bare trees the
+architecture comes from `config` (a model config, or its dict) or from a ready `spec`.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune import symmetry
+from jaxtune.align.evidence import MatchEvidence, judge_match
+from jaxtune.align.registry import METHODS as ALIGN_METHODS
+from jaxtune.align.registry import find_element
+from jaxtune.align.weights import match_weights
+from jaxtune.checkpoint import Checkpoint
+from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
+from jaxtune.evaluate.equivalence import Equivalence, check_equivalence
+from jaxtune.evaluate.example import apply_to_matrix, example_batch
+from jaxtune.interpolate.line import interpolate_linear
+from jaxtune.models import registry
+from jaxtune.rng import named_key
+from jaxtune.symmetry import Spec
+from jaxtune.transport.prepared import Prepared, Symmetry, apply_transport
+from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
+from jaxtune.transport.registry import prepare_transport
+from jaxtune.tree import check_finite, check_same, flatten
+from jaxtune.types import Params
+
+EXAMPLES = 32  # inputs of the equivalence check
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What `align` found.
+
+    Attributes:
+        element: Group -> value; `symmetry.apply(spec, element, params)` moves any tree of the source.
+        spec: The symmetry that the element belongs to.
+        params: The source, moved.
+        evidence: The element against the identity and random elements.
+        equivalence: Outputs of source and moved source compared; None without a config.
+        info: What the method measured on its way.
+    """
+
+    element: Mapping[str, Any]
+    spec: Spec
+    params: dict[str, Any]
+    evidence: MatchEvidence
+    equivalence: Equivalence | None
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Transport:
+    """What `transport` made.
+
+    Attributes:
+        params: The target with the fine-tune, in the target's dtypes.
+        prepared: The moved task vector; `apply_transport(prepared, target, scale)` adds it at any scale.
+        evidence: How well the bases match under what moved the task vector; where nothing moved, under
+            the best permutation, for comparison. None without a symmetry.
+        equivalence: Outputs of the source and of the moved source compared; None where nothing moved,
+            or without a config.
+    """
+
+    params: dict[str, Any]
+    prepared: Prepared
+    evidence: MatchEvidence | None
+    equivalence: Equivalence | None
+
+
+def align(
+    source: Checkpoint | Params,
+    target: Checkpoint | Params,
+    *,
+    config: Any = None,
+    spec: Spec | None = None,
+    method: str = "weights",
+    seed: int = 0,
+    **options: Any,
+) -> Alignment:
+    """Finds the symmetry element that brings `source` closest to `target`.
+
+    Args:
+        source: What moves.
+        target: What stays.
+        config: Architecture of bare trees: a model config or its dict.
+        spec: A ready symmetry instead of a config.
+        method: A key of `jaxtune.align.registry.METHODS`.
+        seed: Of every random choice.
+        **options: The method's own.
+
+    Raises:
+        ConfigError: the architecture is unknown, or the two differ in it.
+        JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
+    """
+    models, config = _open({"source": source, "target": target}, config)
+    source, target = models["source"], models["target"]
+    symmetry_of = _symmetry(config, spec)
+    if method not in ALIGN_METHODS:
+        raise unknown_name("align method", method, ALIGN_METHODS)
+    spec = symmetry_of(**ALIGN_METHODS[method].spec_options)
+    key = jax.random.key(seed)
+    found = find_element(named_key(key, "align"), spec, target, source, method=method, **options)
+    moved = symmetry.apply(spec, found.element, source)
+    info = {
+        name: getattr(found, name)
+        for name in ("is_converged", "num_sweeps", "start", "objectives", "reached_inside")
+        if hasattr(found, name)
+    }
+    return Alignment(
+        element=found.element,
+        spec=spec,
+        params=moved,
+        evidence=judge_match(named_key(key, "evidence"), spec, target, source, found.element),
+        equivalence=_equivalence(key, config, source, moved),
+        info=info,
+    )
+
+
+def transport(
+    source: Checkpoint | Params,
+    finetuned: Checkpoint | Params,
+    target: Checkpoint | Params,
+    *,
+    config: Any = None,
+    spec: Spec | None = None,
+    method: str = "auto",
+    scale: float = 1.0,
+    seed: int = 0,
+    verify: bool = True,
+    **options: Any,
+) -> Transport:
+    """Carries what fine-tuning added to `source` over to `target`.
+
+    Args:
+        source: Old base.
+        finetuned: Its fine-tune.
+        target: New base, of the same architecture.
+        config: Architecture of bare trees: a model config or its dict.
+        spec: A ready symmetry instead of a config.
+        method: A key of `jaxtune.transport.registry.METHODS`.
+        scale: Factor of the moved task vector.
+        seed: Of every random choice.
+        verify: Whether to gather evidence; False saves an alignment and two forward passes.
+        **options: The method's own.
+
+    Raises:
+        ConfigError: the architecture is unknown, or the three differ in it.
+        JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
+    """
+    models, config = _open({"source": source, "finetuned": finetuned, "target": target}, config)
+    source, finetuned, target = models.values()
+    if method not in TRANSPORT_METHODS:
+        raise unknown_name("transport method", method, TRANSPORT_METHODS)
+    needs_symmetry = config is not None or spec is not None
+    if not needs_symmetry and method not in ("identity", "orthogonal_shift"):
+        raise ConfigError(
+            f"transport method {method!r} needs the architecture of bare trees: pass config= (a model config or "
+            "its dict) or spec=, or load the models with jaxtune.load."
+        )
+    symmetry_of = _symmetry(config, spec) if needs_symmetry else lambda: _fixed_spec(target)
+    key = jax.random.key(seed)
+    prepared = prepare_transport(
+        named_key(key, "transport"), symmetry_of, source, finetuned, target, method=method, **options
+    )
+    evidence = equivalence = None
+    if verify and needs_symmetry:
+        spec, element = prepared.spec, prepared.element
+        if element is None:
+            element = match_weights(named_key(key, "compare"), spec, target, source).element
+        else:
+            equivalence = _equivalence(key, config, source, symmetry.apply(spec, element, source))
+        evidence = judge_match(named_key(key, "evidence"), spec, target, source, element)
+    return Transport(
+        params=apply_transport(prepared, target, scale),
+        prepared=prepared,
+        evidence=evidence,
+        equivalence=equivalence,
+    )
+
+
+def interpolate(first: Checkpoint | Params, second: Checkpoint | Params, weight: float = 0.5) -> dict[str, Any]:
+    """The model at `weight` on the straight line from `first` (0) to `second` (1).
+
+    Raises:
+        ConfigError: two checkpoints differ in their architecture.
+        TreeMismatchError: the trees differ in a path or a shape.
+    """
+    models, _ = _open({"first": first, "second": second}, None)
+    return interpolate_linear(models["first"], models["second"], weight)
+
+
+def evaluate(model: Checkpoint | Params, source: Any, *, config: Any = None, **options: Any) -> Metrics:
+    """Accuracy and loss of a model on a data source; options as `evaluate_classifier` takes them.
+
+    Raises:
+        ConfigError: the architecture is unknown.
+        DataError: the source is empty or does not fit the model.
+    """
+    models, config = _open({"model": model}, config)
+    if config is None:
+        raise ConfigError("pass config= (a model config or its dict): a bare tree does not say what it computes.")
+    return evaluate_classifier(config, models["model"], source, **options)
+
+
+def _open(models, config):
+    """({name: params}, config): checkpoints opened, architectures compared, weights checked."""
+    trees = {name: model.params if isinstance(model, Checkpoint) else model for name, model in models.items()}
+    checkpoints = {name: model for name, model in models.items() if isinstance(model, Checkpoint)}
+    if config is None and checkpoints:
+        config = check_same_architecture(checkpoints)
+    elif isinstance(config, Mapping):
+        config = registry.config_from_dict(config)
+    check_same(trees)
+    for name, tree in trees.items():
+        check_finite(name, tree)
+    return trees, config
+
+
+def check_same_architecture(models: Mapping[str, Checkpoint]) -> Any:
+    """The one model config of all checkpoints.
+
+    Args:
+        models: Name used in the message -> checkpoint.
+
+    Raises:
+        ConfigError: a config is of no known family, or two differ; lists every field with both values.
+    """
+    (first, config), *others = ((n, registry.config_from_dict(model.config)) for n, model in models.items())
+    for name, other in others:
+        ours, theirs = (_flat_config(registry.config_to_dict(c)) for c in (config, other))
+        lines = [
+            f"  {field}: {first} {ours.get(field)!r}, {name} {theirs.get(field)!r}"
+            for field in sorted(ours.keys() | theirs.keys())
+            if ours.get(field) != theirs.get(field)
+        ]
+        if lines:
+            raise ConfigError(
+                f"{first} ({models[first].path}) and {name} ({models[name].path}) are different architectures:\n"
+                + "\n".join(lines)
+                + "\nWeights can only be carried between models of one architecture."
+            )
+    return config
+
+
+def _flat_config(values, prefix=""):
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat_config(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _symmetry(config, spec) -> Symmetry:
+    if spec is not None:
+
+        def ready(**options):
+            if options:
+                raise ConfigError(
+                    f"this method needs the symmetry with {options}, which a ready spec cannot give; pass config=."
+                )
+            return spec
+
+        return ready
+    if config is None:
+        raise ConfigError("pass config= (a model config or its dict) or spec=; bare trees do not say what they are.")
+    return functools.partial(registry.symmetry_of, config)
+
+
+def _fixed_spec(params):
+    return symmetry.make_spec([], {path: (None,) * np.ndim(leaf) for path, leaf in flatten(params).items()})
+
+
+def _equivalence(key, config, first, second):
+    if config is None:
+        return None
+    batch = example_batch(named_key(key, "examples"), config, EXAMPLES)
+    return check_equivalence(functools.partial(apply_to_matrix, config), first, second, batch)

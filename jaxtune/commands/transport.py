@@ -1,0 +1,177 @@
+"""`jaxtune transport`: old base, its fine-tune, new base in; the new base with the fine-tune out."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+import jaxtune
+from jaxtune import checkpoint
+from jaxtune.api import check_same_architecture
+from jaxtune.commands.measure import measure_on, open_data
+from jaxtune.commands.options import describe_inputs, load_models, parse_options, read_config, refuse_output
+from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.report.evidence import ADVICE, evidence_rows, evidence_section
+from jaxtune.report.page import Section, render_page
+from jaxtune.report.run import Run, describe_host, to_json
+from jaxtune.report.table import count_bytes, percent, render_table
+from jaxtune.transport.registry import METHODS
+from jaxtune.tree import check_same, count_parameters, flatten, is_float
+
+ROLES = ("source", "finetuned", "target")
+RUNTIME_BYTES = 400 * 2**20  # Python, JAX and its compiler before any weight is loaded
+MEASURED_COLUMNS = {"model": "model", "task": "task accuracy", "support": "support accuracy"}
+
+
+def run(arguments) -> None:
+    """Plans or does the transport that the arguments ask for."""
+    if arguments.method not in METHODS:
+        raise unknown_name("transport method", arguments.method, METHODS)
+    if not math.isfinite(arguments.scale):
+        raise ConfigError(f"--scale {arguments.scale}: expected a finite number.")
+    what = f"transport method {arguments.method!r}"
+    options = parse_options(arguments.option, METHODS[arguments.method].options, what)
+    paths = {role: getattr(arguments, role) for role in ROLES}
+    if not arguments.plan:
+        refuse_output(arguments.out, arguments.overwrite, list(paths.values()))
+    work = Run("transport")
+    with work.stage("load"):
+        models = load_models(paths, read_config(arguments.config))
+        config = check_same_architecture(models)
+        check_same({role: model.params for role, model in models.items()})
+    if arguments.plan:
+        print(_plan(models, config))
+        return
+    data = {name: open_data(getattr(arguments, name), config) for name in ("evaluate", "support")}
+    with work.stage("transport"):
+        result = jaxtune.transport(
+            *models.values(),
+            method=arguments.method,
+            scale=arguments.scale,
+            seed=arguments.seed,
+            verify=arguments.verify,
+            **options,
+        )
+    with work.stage("measure"):
+        measured = _measure(config, models, result.params, data)
+    with work.stage("hash"):
+        inputs = describe_inputs(models)
+    report = {
+        "command": "transport",
+        "inputs": inputs,
+        "config": models["target"].config,
+        "method": {"name": arguments.method, "options": {**METHODS[arguments.method].options, **options}},
+        "scale": arguments.scale,
+        "seed": arguments.seed,
+        "task_vector": _norms(models, result),
+        "info": result.prepared.info,
+        "evidence": None if result.evidence is None else result.evidence.as_dict(),
+        "equivalence": None if result.equivalence is None else result.equivalence.as_dict(),
+        "measured": measured,
+        "host": describe_host(),
+        "cost": work.cost(),
+    }
+    checkpoint.save(
+        arguments.out,
+        result.params,
+        like=models["target"],
+        overwrite=arguments.overwrite,
+        inputs=paths.values(),
+        extra_files={"report.json": to_json(report), "report.html": _page(report)},
+    )
+    print(_summary(report, arguments.out))
+
+
+def _norms(models, result) -> dict[str, float]:
+    """How large the step is, beside the base that takes it."""
+
+    def norm(tree):
+        leaves = [np.asarray(leaf, np.float32).ravel() for leaf in flatten(tree).values() if is_float(leaf)]
+        return float(np.sqrt(sum(np.dot(leaf, leaf).astype(np.float64) for leaf in leaves)))
+
+    moved, base = norm(result.prepared.task_vector), norm(models["target"].params)
+    return {"norm": moved, "relative_to_target": moved / max(base, np.finfo(np.float64).tiny)}
+
+
+def _measure(config, models, params, data) -> list[dict[str, Any]]:
+    """Accuracy of every model involved on the data that was named; none where no data was."""
+    if not any(data.values()):
+        return []
+    rows = []
+    for name, tree in (
+        ("old base", models["source"].params),
+        ("old base, fine-tuned", models["finetuned"].params),
+        ("new base", models["target"].params),
+        ("new base with the fine-tune", params),
+    ):
+        row = {"model": name}
+        for column, key in (("task", "evaluate"), ("support", "support")):
+            if data[key]:
+                row[column] = measure_on(config, tree, data[key]).accuracy
+        rows.append(row)
+    return rows
+
+
+def _rows(report):
+    method = report["method"]["name"]
+    chosen = report["info"].get("chosen")
+    cost, vector = report["cost"], report["task_vector"]
+    rows = [
+        {"what": "method", "value": f"{method}: {chosen}" if chosen else method},
+        {"what": "scale", "value": f"{report['scale']:g}"},
+        {"what": "task vector, share of the new base's norm", "value": percent(vector["relative_to_target"], 2)},
+    ]
+    if report["evidence"]:
+        rows += evidence_rows(report["evidence"], report["equivalence"])
+    seconds = cost["seconds"]
+    rows.append(
+        {"what": "time (of it alignment and evidence)", "value": f"{seconds['total']} s ({seconds['transport']} s)"}
+    )
+    rows.append({"what": "peak memory", "value": count_bytes(cost["peak_memory_bytes"])})
+    return rows
+
+
+def _measured_rows(report):
+    return [
+        {"model": row["model"], "task": percent(row.get("task")), "support": percent(row.get("support"))}
+        for row in report["measured"]
+    ]
+
+
+def _summary(report, out):
+    parts = []
+    if report["measured"]:
+        parts += [render_table(MEASURED_COLUMNS, _measured_rows(report)), ""]
+    parts.append(render_table({"what": "transport", "value": ""}, _rows(report)))
+    if report["evidence"]:
+        parts += ["", ADVICE[report["evidence"]["lineage"]["verdict"]]]
+    if not report["measured"]:
+        parts.append("Nothing was measured on data; --evaluate DATA and --support DATA do.")
+    parts += ["", f"Written to {out}; open {out}/report.html for the evidence block by block."]
+    return "\n".join(parts)
+
+
+def _page(report):
+    sections = [Section("What was done", [], {"what": "", "value": ""}, _rows(report))]
+    if report["measured"]:
+        sections.append(Section("What it brought and what it cost", [], MEASURED_COLUMNS, _measured_rows(report)))
+    if report["evidence"]:
+        sections += evidence_section(report["evidence"], report["equivalence"])
+    inputs = [{"role": role, "path": row["path"], "format": row["format"]} for role, row in report["inputs"].items()]
+    sections.append(Section("Inputs", [], {"role": "role", "path": "path", "format": "format"}, inputs))
+    return render_page("jaxtune transport", sections)
+
+
+def _plan(models, config):
+    stored = {role: model.layout.num_bytes for role, model in models.items()}
+    working = 4 * count_parameters(models["target"].params)
+    # Source and target on the device, the task vector and its moved copy, and the moved source for the evidence.
+    peak = RUNTIME_BYTES + sum(stored.values()) + 5 * working
+    rows = [
+        {"what": "family", "value": models["target"].config["model_type"]},
+        {"what": "parameters", "value": f"{count_parameters(models['target'].params):,}"},
+        *({"what": f"read {role}", "value": count_bytes(size)} for role, size in stored.items()),
+        {"what": "write", "value": count_bytes(stored["target"])},
+        {"what": "peak memory, about", "value": count_bytes(peak)},
+    ]
+    return render_table({"what": "plan", "value": ""}, rows) + "\nThe three fit together. Nothing was written."
