@@ -13,6 +13,7 @@ import numpy as np
 from jaxtune.align.assignment import score_of, solve_assignments
 from jaxtune.align.products import pair_scores
 from jaxtune.errors import SpecError
+from jaxtune.symmetry import element as elements
 from jaxtune.symmetry.element import Element
 from jaxtune.symmetry.spec import Spec
 from jaxtune.types import Leaf
@@ -94,7 +95,7 @@ def circuit_scores(
         SpecError: QK and VO share one group of units inside the head, so there are no two circuits.
     """
     total = np.zeros((spec.groups[head].size,) * 2)
-    still = {name: np.arange(g.size) for name, g in spec.groups.items() if g.parent is None}
+    still = elements.identity(spec)
     for child in spec.children_of(head):
         if spec.groups[child].role not in ("qk", "vo"):
             raise SpecError(f"group {child}: circuits need QK and VO in groups of their own, not one for both.")

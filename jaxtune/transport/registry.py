@@ -9,6 +9,7 @@ import jax
 
 from jaxtune.errors import unknown_name
 from jaxtune.transport.auto import prepare_auto
+from jaxtune.transport.full import prepare_full
 from jaxtune.transport.identity import prepare_identity
 from jaxtune.transport.orthogonal_shift import prepare_orthogonal_shift
 from jaxtune.transport.permutation import prepare_permutation
@@ -59,6 +60,12 @@ METHODS: dict[str, Method] = {
         "weight matching by permutations that keep heads whole; exact",
         "none",
         "arXiv:2209.04836",
+    ),
+    "full": Method(
+        prepare_full,
+        "rotations of the stream and invertible maps inside heads, on folded weights; exact",
+        "none",
+        "this project; arXiv:2506.22712",
     ),
     "transfusion": Method(
         prepare_transfusion,

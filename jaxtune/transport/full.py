@@ -1,0 +1,85 @@
+"""The whole symmetry group: rotations of the stream, invertible maps inside heads, orders of heads and units."""
+
+import numpy as np
+
+from jaxtune.align.weights import match_weights
+from jaxtune.symmetry import canonical
+from jaxtune.symmetry import element as elements
+from jaxtune.transport.prepared import Prepared, Symmetry
+from jaxtune.tree import check_finite, check_same, map_leaves, task_vector
+from jaxtune.types import Params
+
+
+def prepare_full(
+    key,
+    symmetry: Symmetry,
+    source: Params,
+    finetuned: Params,
+    target: Params,
+    *,
+    head_cost: str = "circuit",
+    weighting: str = "unit",
+    num_restarts: int = 0,
+    max_sweeps: int = 100,
+    tolerance: float = 1e-6,
+) -> Prepared:
+    """Matches folded weights by the whole group and moves what fine-tuning did to them.
+
+    All three networks are folded (`symmetry.canonical`): there the stream may turn by any rotation that keeps
+    the ones vector and every head by any invertible map, and `g(finetuned) - g(source)` is the moved update.
+    It is written back into the target's own form, gains as they are.
+
+    Args:
+        key: Orders the groups in restarts.
+        symmetry: Spec of the bases; must declare a form (the transformers do).
+        source, finetuned, target: Old base, its fine-tune, new base; one architecture.
+        head_cost, weighting, num_restarts, max_sweeps, tolerance: As in `align.weights.match_weights`.
+
+    Returns:
+        `spec` and `element` are those of the folded weights; `info["lost"]` says what the target's own form
+        could not hold, leaf by leaf.
+
+    Raises:
+        SpecError: the family declares no form.
+        TreeMismatchError, NonFiniteError, UnknownNameError: as `match_weights`.
+
+    Reference:
+        Theus et al. 2025, arXiv:2506.22712 (rotations of the stream); the in-head maps and the transport of a
+        task vector through both are this project's.
+    """
+    spec = symmetry()
+    check_same({"source": source, "finetuned": finetuned, "target": target})
+    for name, params in (("source", source), ("finetuned", finetuned), ("target", target)):
+        check_finite(name, params)
+    folded_spec = canonical.canonical_spec(spec)
+    folded = {name: canonical.fold(spec, tree) for name, tree in (("source", source), ("target", target))}
+    result = match_weights(
+        key,
+        folded_spec,
+        folded["target"],
+        folded["source"],
+        head_cost=head_cost,
+        weighting=weighting,
+        num_restarts=num_restarts,
+        max_sweeps=max_sweeps,
+        tolerance=tolerance,
+    )
+    change = task_vector(folded["source"], canonical.fold(spec, finetuned))
+    moved = canonical.unfold(spec, elements.apply(folded_spec, result.element, change), target)
+    return Prepared(
+        task_vector=map_leaves(lambda _, leaf: leaf.astype(_narrow(leaf)), moved.task_vector),
+        spec=folded_spec,
+        element=result.element,
+        info={
+            "is_converged": result.is_converged,
+            "num_sweeps": result.num_sweeps,
+            "start": result.start,
+            "objectives": list(result.objectives),
+            "lost": moved.lost,
+        },
+    )
+
+
+def _narrow(leaf):
+    """Folding is done in float64; a task vector is float32."""
+    return np.float32 if leaf.dtype == np.float64 else leaf.dtype
