@@ -1,0 +1,1 @@
+"""Families of networks as pure functions over nested dicts; `registry` is their one door."""

@@ -1,0 +1,131 @@
+"""Every family of models by name; one call for all of them, dispatched on the config."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxtune.errors import ConfigError
+from jaxtune.models import clip, mlp, resnet, vit
+from jaxtune.models.config import from_fields, to_fields
+from jaxtune.symmetry import Spec
+from jaxtune.types import Params
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family of models is to the rest of the package.
+
+    Attributes:
+        config: Its config class.
+        init: (key, config) -> params.
+        apply: (config, params, batch) -> outputs, in evaluation mode.
+        symmetry: (config, **options) -> spec.
+        apply_train: (config, params, batch) -> (outputs, params with new statistics); None without statistics.
+        is_trainable: (config, path) -> bool; None where every leaf is.
+    """
+
+    config: type
+    init: Callable[..., dict[str, Any]]
+    apply: Callable[..., Any]
+    symmetry: Callable[..., Spec]
+    apply_train: Callable[..., tuple[Any, dict[str, Any]]] | None = None
+    is_trainable: Callable[[Any, str], bool] | None = None
+
+
+FAMILIES: dict[str, Family] = {
+    "jaxtune_mlp": Family(mlp.Config, mlp.init, mlp.apply, mlp.symmetry),
+    "jaxtune_resnet": Family(
+        resnet.Config,
+        resnet.init,
+        resnet.apply,
+        resnet.symmetry,
+        apply_train=resnet.apply_train,
+        is_trainable=resnet.is_trainable,
+    ),
+    "jaxtune_vit": Family(vit.Config, vit.init, vit.apply, vit.symmetry, is_trainable=vit.is_trainable),
+    "jaxtune_clip": Family(clip.Config, clip.init, clip.apply, clip.symmetry, is_trainable=clip.is_trainable),
+}
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The config as JSON would hold it: {"model_type": "jaxtune_vit", "width": 768, ...}."""
+    model_type, _ = _find(config)
+    return {"model_type": model_type, **to_fields(config)}
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Any:
+    """The config that `config_to_dict` wrote.
+
+    Raises:
+        ConfigError: no or an unknown "model_type", an unknown or a missing key, or a value that makes no sense.
+    """
+    known = ", ".join(FAMILIES)
+    if "model_type" not in values:
+        raise ConfigError(f'the config has no "model_type", which says what network it describes. Known: {known}.')
+    model_type = values["model_type"]
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"unknown model_type {model_type!r}. Known: {known}. "
+            "Checkpoints of the Hugging Face families are not read yet."
+        )
+    fields = {key: value for key, value in values.items() if key != "model_type"}
+    return from_fields(FAMILIES[model_type].config, fields)
+
+
+def init(key: jax.Array, config: Any) -> dict[str, Any]:
+    """Fresh float32 parameters of the network that `config` describes."""
+    return _find(config)[1].init(key, config)
+
+
+def apply(config: Any, params: Params, batch: Mapping[str, Any]) -> Any:
+    """Outputs in evaluation mode: float32[N, num_outputs], or the dict of `clip.apply`. Pure and jittable.
+
+    Raises:
+        TreeMismatchError, DataError: the parameters or the batch are not this config's.
+    """
+    return _find(config)[1].apply(config, params, batch)
+
+
+def apply_train(
+    config: Any, params: Params, batch: Mapping[str, Any], key: jax.Array
+) -> tuple[Any, dict[str, Any] | Params]:
+    """Outputs in training mode, and the parameters with the running statistics that the batch leaves.
+
+    Args:
+        config, params, batch: As `apply`.
+        key: Source of the network's own random bits. No family draws any yet.
+
+    Returns:
+        (outputs, params); the very `params` that came in where a family keeps no statistics.
+    """
+    del key
+    family = _find(config)[1]
+    if family.apply_train is None:
+        return family.apply(config, params, batch), params
+    return family.apply_train(config, params, batch)
+
+
+def symmetry_of(config: Any, **options: Any) -> Spec:
+    """The symmetry of the network that `config` describes; transformers know `junctions` and `inside`.
+
+    Raises:
+        UnknownNameError: another value of an option.
+        TypeError: an option that the family does not have.
+    """
+    return _find(config)[1].symmetry(config, **options)
+
+
+def is_trainable(config: Any, path: str) -> bool:
+    """Whether gradients may move the leaf at `path`: not running statistics, not shortcut kernels."""
+    family = _find(config)[1]
+    return family.is_trainable is None or family.is_trainable(config, path)
+
+
+def _find(config):
+    """(model_type, family) of a config."""
+    for model_type, family in FAMILIES.items():
+        if isinstance(config, family.config):
+            return model_type, family
+    raise ConfigError(f"{config!r} is no model config. Known families: {', '.join(FAMILIES)}.")

@@ -1,0 +1,219 @@
+"""Residual network for small images (depth 6n + 2), batch norm with its running statistics in the tree."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxtune import tree
+from jaxtune.errors import ConfigError
+from jaxtune.models.config import check_fields
+from jaxtune.models.inputs import at_least_float32, image_of, open_params
+from jaxtune.symmetry import Group, Spec, make_spec
+from jaxtune.types import Params
+
+NUM_STAGES = 3
+STAGE_WIDTHS = (16, 32, 64)
+STATISTICS = ("mean", "var")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes and choices of one ResNet; the images may have any height and width.
+
+    Attributes:
+        depth: 6n + 2 with n blocks a stage: 20, 32, 44, 56, 110.
+        width_multiplier: Times the 16, 32 and 64 channels of the stages.
+        momentum: Share of the old running statistics that a training batch leaves.
+    """
+
+    num_outputs: int
+    depth: int = 20
+    width_multiplier: int = 1
+    channels: int = 3
+    norm_eps: float = 1e-5
+    momentum: float = 0.9
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.depth < 8 or (self.depth - 2) % 6:
+            raise ConfigError(
+                f"depth {self.depth} is not 6n + 2; nearest: {max(1, round((self.depth - 2) / 6)) * 6 + 2}."
+            )
+        if self.momentum >= 1:
+            raise ConfigError(f"momentum {self.momentum} never lets a batch in; it must be below 1.")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of one stage."""
+        return (self.depth - 2) // 6
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last; flax's own mixes dtypes under strict promotion.
+
+    In training it normalises by the batch and leaves the next running statistics in "updated". The
+    running variance takes the batch's own variance (over N), as flax does and torch (over N - 1) does not.
+    """
+
+    eps: float
+    momentum: float
+    is_training: bool
+
+    @nn.compact
+    def __call__(self, x):
+        ones, zeros, width = nn.initializers.ones, nn.initializers.zeros, x.shape[-1:]
+        wide = x.astype(at_least_float32(x.dtype))
+        scale, bias, mean, var = (
+            self.param(name, fill, width, jnp.float32).astype(wide.dtype)
+            for name, fill in (("scale", ones), ("bias", zeros), ("mean", zeros), ("var", ones))
+        )
+        if self.is_training:
+            axes = tuple(range(x.ndim - 1))
+            old_mean, old_var, mean, var = mean, var, wide.mean(axis=axes), wide.var(axis=axes)
+            self.put_variable("updated", "mean", self.momentum * old_mean + (1 - self.momentum) * mean)
+            self.put_variable("updated", "var", self.momentum * old_var + (1 - self.momentum) * var)
+        lead = (1,) * (x.ndim - 1)
+        scale, bias, mean, var = (leaf.reshape(*lead, *width) for leaf in (scale, bias, mean, var))
+        return ((wide - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions; a 1x1 one on the shortcut where the shape changes ("option B")."""
+
+    config: Config
+    width: int
+    stride: int
+    is_training: bool
+
+    @nn.compact
+    def __call__(self, x):
+        norm = partial(BatchNorm, self.config.norm_eps, self.config.momentum, self.is_training)
+        y = _conv(self.width, 3, self.stride, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y))
+        y = norm(name="norm2")(_conv(self.width, 3, 1, name="conv2")(y))
+        if y.shape != x.shape:
+            x = _conv(self.width, 1, self.stride, name="shortcut_conv")(x)
+            x = norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """float[N, H, W, C] -> float[N, num_outputs], in the dtype of the images."""
+
+    config: Config
+    is_training: bool
+
+    @nn.compact
+    def __call__(self, image):
+        config = self.config
+        x = _conv(STAGE_WIDTHS[0] * config.width_multiplier, 3, 1, name="stem_conv")(image)
+        x = nn.relu(BatchNorm(config.norm_eps, config.momentum, self.is_training, name="stem_norm")(x))
+        for stage, width in enumerate(STAGE_WIDTHS):
+            for block in range(config.num_blocks):
+                stride = 2 if stage and not block else 1
+                x = ResidualBlock(
+                    config, width * config.width_multiplier, stride, self.is_training, name=_block(stage, block)
+                )(x)
+        return nn.Dense(config.num_outputs, name="head")(x.mean(axis=(1, 2)))
+
+
+def init(key: jax.Array, config: Config) -> dict[str, Any]:
+    """Fresh float32 parameters; running means 0 and variances 1."""
+    image = jax.ShapeDtypeStruct((1, 8, 8, config.channels), jnp.float32)
+    return ResNet(config, is_training=False).lazy_init(key, image)["params"]
+
+
+def apply(config: Config, params: Params, batch: Params) -> jax.Array:
+    """Outputs of a batch, normalised by the running statistics.
+
+    Shapes:
+        batch["image"]: float[N, H, W, channels].
+        result: float32[N, num_outputs]; float64 where the parameters are.
+
+    Raises:
+        TreeMismatchError: the parameters are not this config's.
+        DataError: the images are not this config's.
+    """
+    outputs, _ = _run(config, params, batch, is_training=False)
+    return outputs
+
+
+def apply_train(config: Config, params: Params, batch: Params) -> tuple[jax.Array, dict[str, Any]]:
+    """Outputs of a batch, normalised by its own statistics, and the tree with the running ones moved.
+
+    Shapes, Raises: as `apply`. Only the "mean" and "var" leaves of the returned tree are new, and keep
+    their dtype; no gradient flows through them.
+    """
+    outputs, updated = _run(config, params, batch, is_training=True)
+    moved = tree.flatten(updated)
+    leaves = tree.flatten(params)
+    for path, leaf in moved.items():
+        leaves[path] = jax.lax.stop_gradient(leaf).astype(leaves[path].dtype)
+    return outputs, tree.unflatten(leaves)
+
+
+def symmetry(config: Config) -> Spec:
+    """One order per stage, shared by all that its stream touches, and one inside every block.
+
+    Groups: "stage_s/channel" and "stage_s_block_b/channel". Fixed axes: pixels, kernel windows, outputs.
+    """
+    groups, axes, unmatched, nonnegative = [], {}, [], []
+
+    def add_norm(path, group):
+        axes.update({f"{path}/{name}": (group,) for name in ("scale", "bias", *STATISTICS)})
+        unmatched.extend(f"{path}/{name}" for name in STATISTICS)
+        nonnegative.append(f"{path}/var")
+
+    axes["stem_conv/kernel"] = (None, None, None, "stage_0/channel")
+    add_norm("stem_norm", "stage_0/channel")
+    before = "stage_0/channel"
+    for stage, width in enumerate(STAGE_WIDTHS):
+        stream = f"stage_{stage}/channel"
+        groups.append(Group(stream, width * config.width_multiplier, role="channel"))
+        for block in range(config.num_blocks):
+            path = _block(stage, block)
+            inner = f"{path}/channel"
+            groups.append(Group(inner, width * config.width_multiplier, role="channel"))
+            axes[f"{path}/conv1/kernel"] = (None, None, before, inner)
+            axes[f"{path}/conv2/kernel"] = (None, None, inner, stream)
+            add_norm(f"{path}/norm1", inner)
+            add_norm(f"{path}/norm2", stream)
+            if before != stream:
+                axes[f"{path}/shortcut_conv/kernel"] = (None, None, before, stream)
+                add_norm(f"{path}/shortcut_norm", stream)
+            before = stream
+    axes |= {"head/kernel": (before, None), "head/bias": (None,)}
+    return make_spec(groups, axes, unmatched=unmatched, nonnegative=nonnegative)
+
+
+def is_trainable(config: Config, path: str) -> bool:
+    """False for running statistics."""
+    del config
+    return path.rsplit("/", 1)[-1] not in STATISTICS
+
+
+def _run(config, params, batch, *, is_training):
+    image = image_of(batch, (None, None, config.channels))
+    params = open_params(init, config, params)
+    dtype = params["head"]["bias"].dtype
+    outputs, variables = ResNet(config, is_training).apply(
+        {"params": params}, jnp.asarray(image).astype(dtype), mutable=["updated"]
+    )
+    return outputs.astype(at_least_float32(dtype)), variables.get("updated", {})
+
+
+def _conv(width, size, stride, *, name):
+    # Padding by hand: "SAME" pads a strided convolution on one side only, other frameworks on both.
+    pad = (size // 2, size // 2)
+    kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    return nn.Conv(
+        width, (size, size), (stride, stride), [pad, pad], use_bias=False, kernel_init=kernel_init, name=name
+    )
+
+
+def _block(stage, block):
+    return f"stage_{stage}_block_{block}"
