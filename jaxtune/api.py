@@ -173,11 +173,13 @@ def transport(
     evidence = equivalence = None
     if verify and needs_symmetry:
         spec, element = prepared.spec, prepared.element
+        ours, theirs = prepared.fold(target), prepared.fold(source)
         if element is None:
-            element = match_weights(named_key(key, "compare"), spec, target, source).element
-        else:
-            equivalence = _equivalence(key, config, source, symmetry.apply(spec, element, source))
-        evidence = judge_match(named_key(key, "evidence"), spec, target, source, element)
+            element = match_weights(named_key(key, "compare"), spec, ours, theirs).element
+        elif spec.form is None or not spec.form.entries:  # a folded entry norm fits no network of the family
+            moved = prepared.realise(symmetry.apply(spec, element, theirs), source)
+            equivalence = _equivalence(key, config, source, moved)
+        evidence = judge_match(named_key(key, "evidence"), spec, ours, theirs, element)
     return Transport(
         params=apply_transport(prepared, target, scale),
         prepared=prepared,

@@ -1,8 +1,11 @@
 """Networks as bare trees with a spec: what alignment sees, without any model behind it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from jaxtune import symmetry, tree
+from jaxtune.models.transformer_form import declare_form
 from jaxtune.symmetry import Group
 
 LEAVES_OF_NORM = ("scale", "bias")
@@ -53,14 +56,21 @@ def toy_transformer(seed, *, width=64, depth=3, heads=4, hidden=128, junctions="
             axes[f"block_{b}/attn/{name}/bias"] = (head, owner)
         params[f"block_{b}/attn/out/kernel"] = kernel(heads, units, width, fan_in=width)
         axes[f"block_{b}/attn/out/kernel"] = (head, vo + "*", between)
+        params[f"block_{b}/attn/out/bias"] = normal(width, scale=0.1)
+        axes[f"block_{b}/attn/out/bias"] = (between,)
         params[f"block_{b}/mlp/up/kernel"] = kernel(width, hidden, fan_in=width)
         axes[f"block_{b}/mlp/up/kernel"] = (between, up)
         params[f"block_{b}/mlp/up/bias"] = normal(hidden, scale=0.1)
         axes[f"block_{b}/mlp/up/bias"] = (up,)
         params[f"block_{b}/mlp/down/kernel"] = kernel(hidden, width, fan_in=hidden)
         axes[f"block_{b}/mlp/down/kernel"] = (up, after)
+        params[f"block_{b}/mlp/down/bias"] = normal(width, scale=0.1)
+        axes[f"block_{b}/mlp/down/bias"] = (after,)
     blind = [f"block_{b}/attn/k/bias" for b in range(depth)]
-    return symmetry.make_spec(groups, axes, unmatched=blind, junctions=names), tree.unflatten(params)
+    form = declare_form(
+        SimpleNamespace(depth=depth), inputs=["patch/kernel", "position"], head="head/kernel", head_bias=None
+    )
+    return symmetry.make_spec(groups, axes, unmatched=blind, junctions=names, form=form), tree.unflatten(params)
 
 
 def residual_mlp(seed, width, *, depth=3, inputs=8, outputs=4):

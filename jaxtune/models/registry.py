@@ -1,5 +1,6 @@
 """Every family of models by name; one call for all of them, dispatched on the config."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,9 +113,17 @@ def symmetry_of(config: Any, **options: Any) -> Spec:
 
     Raises:
         UnknownNameError: another value of an option.
-        TypeError: an option that the family does not have.
+        ConfigError: an option that the family does not have.
     """
-    return _find(config)[1].symmetry(config, **options)
+    model_type, family = _find(config)
+    known = inspect.signature(family.symmetry).parameters
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigError(
+                f"{model_type} has no symmetry with {option}={value!r}: it has no attention and one order of units a "
+                "layer. Use a method that needs none, for instance permutation."
+            )
+    return family.symmetry(config, **options)
 
 
 def is_trainable(config: Any, path: str) -> bool:

@@ -56,7 +56,7 @@ def canonical_spec(spec: Spec) -> Spec:
         axes[entry.scale] = (before, stream)
         for path in entry.writers:
             axes[path] = (*axes[path][:-1], before)
-    return make_spec(groups, axes, unmatched=spec.unmatched - gone, junctions=spec.junctions)
+    return make_spec(groups, axes, unmatched=spec.unmatched - gone, junctions=spec.junctions, form=form)
 
 
 def fold(spec: Spec, params: Params) -> dict:

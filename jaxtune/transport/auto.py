@@ -1,9 +1,11 @@
-"""Chooses a transport from the weights alone: plain addition among kin, a permutation otherwise."""
+"""Chooses a transport from the weights alone: plain addition among kin, the best-matching element otherwise."""
 
 import dataclasses
 
 from jaxtune.align.evidence import judge_match
 from jaxtune.rng import named_key
+from jaxtune.symmetry import element as elements
+from jaxtune.transport.full import prepare_full
 from jaxtune.transport.identity import prepare_identity
 from jaxtune.transport.permutation import prepare_permutation
 from jaxtune.transport.prepared import Prepared, Symmetry
@@ -11,11 +13,12 @@ from jaxtune.types import Params
 
 
 def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, target: Params) -> Prepared:
-    """Plain addition where the bases are kin as they lie, else the best permutation.
+    """Plain addition where the bases are kin as they lie, else permutation or the full group by their match.
 
     Where two bases descend from one start, plain addition carries about 95 % of a fine-tune and moving
-    anything can only lose; so kinship is looked for first, and the aligned vector is used where kinship
-    shows after alignment only (a reordered copy) or not at all.
+    anything can only lose; so kinship is looked for first. Otherwise the weights are aligned by permutations
+    and, where the family's norms can be folded, by the full group, and the one that leaves the smaller residual
+    moves the task vector. Both residuals are taken on folded weights, so that they compare like with like.
 
     Args:
         key: Draws the random elements that kinship is judged against.
@@ -25,10 +28,22 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
     Raises:
         TreeMismatchError, SpecError, NonFiniteError: as `prepare_permutation`.
     """
-    moved = prepare_permutation(named_key(key, "permutation"), symmetry, source, finetuned, target)
-    evidence = judge_match(named_key(key, "evidence"), moved.spec, target, source, moved.element)
-    lineage = evidence.lineage
-    chosen, name = moved, "permutation"
+    permuted = prepare_permutation(named_key(key, "permutation"), symmetry, source, finetuned, target)
+    evidence = judge_match(named_key(key, "evidence"), permuted.spec, target, source, permuted.element)
+    lineage, residuals = evidence.lineage, {}
     if lineage.verdict != "unrelated" and lineage.is_in_place:
         chosen, name = prepare_identity(key, symmetry, source, finetuned, target), "identity"
-    return dataclasses.replace(chosen, info={**chosen.info, "chosen": name, "because": dataclasses.asdict(lineage)})
+    elif permuted.spec.form is None or lineage.verdict == "same":
+        chosen, name = permuted, "permutation"
+    else:
+        full = prepare_full(named_key(key, "full"), symmetry, source, finetuned, target)
+        ours, theirs = full.fold(target), full.fold(source)
+        judged = judge_match(named_key(key, "full evidence"), full.spec, ours, theirs, full.element)
+        moved = full.fold(elements.apply(permuted.spec, permuted.element, source))
+        as_permuted = judge_match(named_key(key, "full evidence"), full.spec, ours, moved, elements.identity(full.spec))
+        residuals = {"permutation": as_permuted.residual["identity"], "full": judged.residual["found"]}
+        chosen, name = (full, "full") if residuals["full"] < residuals["permutation"] else (permuted, "permutation")
+        if judged.lineage.verdict != "unrelated":
+            lineage = judged.lineage
+    info = {"chosen": name, "because": dataclasses.asdict(lineage), "residuals": residuals}
+    return dataclasses.replace(chosen, info={**chosen.info, **info})

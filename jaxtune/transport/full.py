@@ -70,6 +70,8 @@ def prepare_full(
         task_vector=map_leaves(lambda _, leaf: leaf.astype(_narrow(leaf)), moved.task_vector),
         spec=folded_spec,
         element=result.element,
+        fold=lambda params: canonical.fold(spec, params),
+        realise=lambda params, like: canonical.realise(spec, params, like),
         info={
             "is_converged": result.is_converged,
             "num_sweeps": result.num_sweeps,

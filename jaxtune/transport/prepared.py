@@ -23,12 +23,16 @@ class Prepared:
         task_vector: Tree as the target, float32 or wider; zeros where nothing moves.
         spec: Symmetry that `element` belongs to; also says which leaves must stay >= 0.
         element: What moved the task vector; None where nothing was aligned.
+        fold: Brings a network's weights into the coordinates that `spec` and `element` act on.
+        realise: Brings such weights back into a network that computes the same, given one for its layout.
         info: Plain values for the report: what the method chose and measured on its way.
     """
 
     task_vector: dict[str, Any]
     spec: Spec
     element: Mapping[str, Any] | None = None
+    fold: Callable[[Params], Params] = lambda params: params
+    realise: Callable[[Params, Params], Params] = lambda params, like: params
     info: dict[str, Any] = field(default_factory=dict)
 
 

@@ -44,7 +44,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "auto": Method(
         prepare_auto,
-        "identity among kin, else permutation; decided from the weights alone",
+        "identity among kin, else permutation or full; decided from the weights alone",
         "none",
         "this project",
     ),
