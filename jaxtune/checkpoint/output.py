@@ -1,0 +1,180 @@
+"""Writes parameters: in the layout of another checkpoint, or in a fresh one."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from jaxtune.checkpoint import files, npz, orbax, safetensors
+from jaxtune.checkpoint.formats import (
+    CONFIG_KEY,
+    CONFIG_NAME,
+    INDEX_NAME,
+    ORBAX_NAME,
+    WEIGHTS_NAME,
+    Checkpoint,
+    Layout,
+    StoredFile,
+)
+from jaxtune.checkpoint.publish import publish
+from jaxtune.checkpoint.rounding import check_castable, round_to_stored
+from jaxtune.errors import CheckpointError, OutputError, TreeMismatchError, unknown_name
+from jaxtune.tree import MAX_LINES, describe_leaf, flatten
+from jaxtune.types import Params
+
+FORMATS = ("folder", "safetensors", "npz", "orbax")
+
+
+def save(
+    path: str | Path,
+    params: Params,
+    *,
+    config: Mapping[str, Any] | None = None,
+    like: Checkpoint | None = None,
+    format: str | None = None,
+    extra_files: Mapping[str, bytes | str] | None = None,
+    overwrite: bool = False,
+    inputs: Iterable[str | Path] = (),
+) -> Path:
+    """Publishes parameters as a folder at `path`, whole or not at all.
+
+    Args:
+        path: The folder to create. Also of a single file: a target `b.safetensors` becomes `path/b.safetensors`.
+        params: Nested dict of NumPy or JAX arrays.
+        config: Config of a fresh checkpoint; JSON-able.
+        like: Write in the layout of this one: same files, names, order, dtypes, metadata, config and index bytes, and
+            its side files. Floats are rounded to its dtypes, once. Brings its own config and format.
+        format: Of a fresh checkpoint: "folder" (default; config.json and model.safetensors), "safetensors" (the
+            config inside the one file), "npz" (likewise) or "orbax" (config.json and params/).
+        extra_files: Name -> content, written beside the rest (report.json).
+        overwrite: Whether a former output at `path` may be replaced.
+        inputs: Checkpoints that `path` may not touch, besides `like`.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        OutputError: see `publish`; or an extra file has the name of a file of the checkpoint.
+        TreeMismatchError: names or shapes differ from those of `like`.
+        CheckpointError: a value does not fit the stored dtype, or the format cannot hold a dtype, name or shape.
+        UnknownNameError: no such format.
+    """
+    if like is not None:
+        if config is not None or format is not None:
+            raise TypeError("like brings its own config and format: pass like, or config and format.")
+        layout, side_files, inputs = like.layout, like.side_files, (*inputs, like.path)
+    else:
+        if config is None:
+            raise TypeError("a fresh checkpoint needs a config: pass config, or like.")
+        layout, side_files = make_layout(params, config, format=format or "folder"), {}
+    check_fits(params, layout)
+    extra = {name: text.encode() if isinstance(text, str) else text for name, text in (extra_files or {}).items()}
+    num_bytes = layout.num_bytes + sum(map(len, extra.values()))
+    num_bytes += sum(place.stat().st_size for place in side_files.values() if place.exists())
+    with publish(path, overwrite=overwrite, inputs=inputs, num_bytes=num_bytes) as folder:
+        write_checkpoint(folder, params, layout, side_files=side_files)
+        write_extra_files(folder, extra)
+    return Path(os.path.abspath(path))
+
+
+def make_layout(params: Params, config: Mapping[str, Any], *, format: str = "folder") -> Layout:
+    """How a fresh checkpoint stores `params`: one file, every leaf in its own dtype.
+
+    In safetensors the widest dtypes come first, as the reference library has it, so that every leaf is aligned.
+
+    Raises:
+        UnknownNameError: no such format.
+        CheckpointError: the format cannot hold a leaf, or there is none.
+    """
+    if format not in FORMATS:
+        raise unknown_name("checkpoint format", format, FORMATS)
+    infos = {name: _describe(name, leaf) for name, leaf in flatten(params).items()}
+    if not infos:
+        raise CheckpointError("params holds no leaf; there is nothing to save.")
+    aligned = dict(sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize))
+    text = json.dumps(config, indent=2) + "\n"
+    if format == "folder":
+        return Layout((StoredFile(WEIGHTS_NAME, safetensors.make_header(aligned)),), text.encode())
+    if format == "safetensors":
+        return Layout((StoredFile(WEIGHTS_NAME, safetensors.make_header(aligned, {CONFIG_KEY: json.dumps(config)})),))
+    if format == "npz":
+        return Layout((StoredFile("model.npz", npz.make_archive(infos, text.encode())),))
+    return Layout((StoredFile(ORBAX_NAME, orbax.make_tree(infos)),), text.encode())
+
+
+def check_fits(params: Params, layout: Layout) -> None:
+    """Checks names, shapes and kinds of dtype against a layout; no value is looked at.
+
+    Raises:
+        TreeMismatchError: lists what differs.
+        CheckpointError: a leaf's dtype is never converted to the stored one.
+    """
+    leaves, stored = flatten(params), layout.tensors
+    lines = [f"  {name}: only in the result" for name in leaves.keys() - stored.keys()]
+    lines += [f"  {name}: only in the layout" for name in stored.keys() - leaves.keys()]
+    for name in leaves.keys() & stored.keys():
+        if tuple(leaves[name].shape) != stored[name].shape:
+            lines.append(f"  {name}: result {describe_leaf(leaves[name])}, layout {describe_leaf(stored[name])}")
+    if lines:
+        hidden = len(lines) - MAX_LINES
+        lines = sorted(lines)[:MAX_LINES] + ([f"  … and {hidden} more"] if hidden > 0 else [])
+        raise TreeMismatchError(
+            "the result cannot be written in this layout:\n" + "\n".join(lines) + "\nEvery tensor keeps name and shape."
+        )
+    for name, leaf in leaves.items():
+        check_castable(name, leaf, stored[name].dtype)
+
+
+def write_checkpoint(
+    folder: Path, params: Params, layout: Layout, *, side_files: Mapping[str, Path] | None = None
+) -> None:
+    """Writes all files of a checkpoint into a folder that `publish` yielded; leaf by leaf, one in memory at a time.
+
+    Raises:
+        CheckpointError: a value does not fit the stored dtype, or a side file can no longer be read.
+        OSError: the disk refused.
+    """
+    leaves, stored = flatten(params), layout.tensors
+
+    def leaf_of(name):
+        return round_to_stored(name, np.asarray(leaves[name]), stored[name].dtype)
+
+    for file in layout.files:
+        file.header.write(folder / file.name, leaf_of)
+    for name, data in ((CONFIG_NAME, layout.config), (INDEX_NAME, layout.index)):
+        if data is not None:
+            (folder / name).write_bytes(data)
+    for name, place in (side_files or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with files.open_regular(place) as source, open(folder / name, "xb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+
+
+def write_extra_files(folder: Path, extra_files: Mapping[str, bytes]) -> None:
+    """Writes further files beside a checkpoint; never over one of its own.
+
+    Raises:
+        OutputError: the name leads out of the folder or is taken.
+        OSError: the disk refused.
+    """
+    for name, data in extra_files.items():
+        parts = PurePosixPath(name).parts
+        if not parts or not all(files.is_plain_name(part) for part in parts):
+            raise OutputError(f"extra file {name!r}: not a name inside the output. Use words joined by '/'.")
+        place = folder.joinpath(*parts)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(place, "xb") as file:
+                file.write(data)
+        except FileExistsError as error:
+            raise OutputError(f"extra file {name!r}: the checkpoint has a file of this name. Rename it.") from error
+
+
+def _describe(name, leaf):
+    """Dtype and shape of a leaf as it will be stored, in the byte order of the machine."""
+    dtype = np.dtype(leaf.dtype)
+    return orbax.ArrayInfo(dtype if dtype.isnative else dtype.newbyteorder("="), tuple(leaf.shape))

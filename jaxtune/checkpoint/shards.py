@@ -1,0 +1,70 @@
+"""A model in many .safetensors and an index, which must tell the same story."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from jaxtune.checkpoint import files, safetensors
+from jaxtune.errors import CheckpointError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def read_shards(folder: Path, index: bytes) -> tuple[dict[str, safetensors.Header], dict[str, np.ndarray]]:
+    """Reads every shard that an index names.
+
+    Args:
+        folder: Where the shards lie; nothing outside it is opened.
+        index: Content of model.safetensors.index.json.
+
+    Returns:
+        headers: Shard -> its header, sorted by name.
+        tensors: All tensors, memory-mapped.
+
+    Raises:
+        CheckpointError: the index is damaged or names a place outside the folder; a shard is missing or damaged; a
+            tensor is in two shards, in another shard than the index says, or in one of the two alone; or a whole
+            model.safetensors lies beside shards.
+    """
+    weight_map = _parse_index(folder, index)
+    shards = sorted(set(weight_map.values()))
+    if WEIGHTS_NAME not in shards and os.path.lexists(folder / WEIGHTS_NAME):
+        raise CheckpointError(f"{folder}: both {WEIGHTS_NAME} and {INDEX_NAME}, which does not name it. Remove one.")
+    headers: dict[str, safetensors.Header] = {}
+    tensors: dict[str, np.ndarray] = {}
+    for shard in shards:
+        path = files.locate(folder, shard)
+        if not os.path.exists(path):
+            raise CheckpointError(f"{path}: named by {INDEX_NAME} but missing. Download it, or every shard, again.")
+        header, arrays = safetensors.read_tensors(path)
+        for name in arrays:
+            if name in tensors:
+                first = next(other for other in headers if name in headers[other].tensors)
+                raise CheckpointError(f"{path}: tensor {name!r} is also in {first}. Write the shards again.")
+            if weight_map.get(name) != shard:
+                said = f"says {weight_map[name]!r}" if name in weight_map else "does not name it"
+                raise CheckpointError(f"{path}: holds tensor {name!r}, but {INDEX_NAME} {said}. Write them again.")
+        headers[shard] = header
+        tensors |= arrays
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{folder / shard}: tensor {name!r} is missing, but {INDEX_NAME} says it is there. Write them again."
+            )
+    return headers, tensors
+
+
+def _parse_index(folder, index):
+    """Tensor -> shard, as strings; whether a shard's name is a plain one is judged when it is opened."""
+    where = folder / INDEX_NAME
+    weight_map = files.parse_object(index, str(where)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: expected an object 'weight_map', tensor -> file. Write the index again.")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{where}: tensor {name!r}: expected a .safetensors of this folder, found {shard!r}. Correct the index."
+            )
+    return weight_map
