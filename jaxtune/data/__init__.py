@@ -1,0 +1,11 @@
+"""Labelled images by index: sources, their shifts, and batches of them in a seeded order."""
+
+from jaxtune.data.arrays import ArraySource, open_npz
+from jaxtune.data.loader import Loader
+from jaxtune.data.shifts import SHIFTS, MappedSource, SubsetSource, invert, noise, occlude, rotate, shift_source
+from jaxtune.data.source import SPLITS, DataSource, open_source
+
+__all__ = [
+    "SHIFTS", "SPLITS", "ArraySource", "DataSource", "Loader", "MappedSource", "SubsetSource",
+    "invert", "noise", "occlude", "open_npz", "open_source", "rotate", "shift_source",
+]  # fmt: skip

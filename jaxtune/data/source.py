@@ -1,0 +1,115 @@
+"""What a data source is, and how one is opened by name."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxtune.errors import DataError, unknown_name
+
+SPLITS = ("train", "validation", "test")
+
+# Name -> module and function that opens it, (split, **options) -> DataSource; imported when asked for.
+NAMED = {
+    "digits": ("jaxtune.data.digits", "open_digits"),
+    "glyphs": ("jaxtune.data.glyphs", "open_glyphs"),
+}
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """Labelled images, found by index; a record is the same whenever and with whomever it is asked for.
+
+    Attributes:
+        name: What it is called in reports.
+        split: One of `SPLITS`.
+        class_names: Name of each label; a frozen read-out makes its class embeddings from them.
+    """
+
+    name: str
+    split: str
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of records."""
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One record: {"image": float32[H, W, C] in [0, 1], "label": int32[]}."""
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """A batch of them: {"image": float32[N, H, W, C], "label": int32[N]}."""
+
+
+def open_source(name: str | Path, split: str, **options: Any) -> DataSource:
+    """Opens the data source that `name` names.
+
+    Args:
+        name: "digits", "glyphs", "tfds:<name>" or the path of an .npz file.
+        split: "train", "validation" or "test".
+        **options: The source's own: see `open_digits`, `open_glyphs`, `open_tfds`, `open_npz`. All have
+            `class_prefix`, put before every class name. A frozen read-out gives equal names equal
+            embeddings, so without a prefix the digits of two sets are one set of ten classes, and
+            with class_prefix="mnist/" they are classes of their own.
+
+    Raises:
+        UnknownNameError: no such source, split, or option of the source; lists the known ones.
+        DataError: as the source.
+    """
+    name = str(name)
+    if name in NAMED:
+        module, function = NAMED[name]
+        opener = getattr(importlib.import_module(module), function)
+        check_options(f"data source {name!r}", opener, options)
+        return opener(split, **options)
+    if name.startswith("tfds:"):
+        from jaxtune.data.tfds import open_tfds
+
+        check_options("data source 'tfds:'", open_tfds, options)
+        return open_tfds(name.removeprefix("tfds:"), split, **options)
+    if name.endswith(".npz"):
+        from jaxtune.data.arrays import open_npz
+
+        check_options("data source '.npz'", open_npz, options)
+        return open_npz(name, split, **options)
+    raise unknown_name("data source", name, (*NAMED, "tfds:<name>", "<path>.npz"))
+
+
+def check_split(name: str, split: str) -> None:
+    """Raises `UnknownNameError` unless `split` is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise unknown_name(f"split of {name}", split, SPLITS)
+
+
+def check_options(kind: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Checks options against the keyword-only arguments of `function`, so that a misspelt one fails by name.
+
+    Raises:
+        UnknownNameError: lists the known options.
+        DataError: one without a default is missing.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of {kind}", option, known or ("(none)",))
+    missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
+    if missing:
+        raise DataError(f"{kind} needs {', '.join(missing)}.")
+
+
+def check_indices(source: DataSource, indices: Sequence[int]) -> np.ndarray:
+    """int64[N], each in 0 … len(source) - 1; an index from behind would be a second name of a record.
+
+    Raises:
+        IndexError: one lies outside. Iterating over a source ends by it, as Python's protocol wants.
+    """
+    indices = np.atleast_1d(np.asarray(indices, np.int64))
+    if indices.size and not (indices.min() >= 0 and indices.max() < len(source)):
+        raise IndexError(
+            f"{source.name} ({source.split}): indices {indices.min()} to {indices.max()} asked, "
+            f"it has {len(source)} records."
+        )
+    return indices
