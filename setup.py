@@ -30,14 +30,14 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12",
         "ml_collections>=1.0",
+        "ml_dtypes>=0.5",
         "numpy>=2.0",
         "scipy>=1.13",
-        "safetensors>=0.5",
     ],
     extras_require={
         "report": REPORT,
         "tfds": TFDS,
-        "dev": [*REPORT, *TFDS, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-learn>=1.5"],
+        "dev": [*REPORT, *TFDS, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5", "scikit-learn>=1.5"],
     },
     entry_points={"console_scripts": ["jaxtune=jaxtune.cli:main"]},
 )

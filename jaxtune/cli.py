@@ -5,7 +5,9 @@ Nothing heavy is imported before a command runs, so that `jaxtune --help` answer
 
 import argparse
 import importlib
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -85,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's word; what is half done is cleaned up
         module = importlib.import_module(f"jaxtune.commands.{arguments.command}")
         module.run(arguments)
     except JaxtuneError as error:
@@ -101,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxtune {arguments.command}: this is a fault of jaxtune {__version__}, not yours.", file=sys.stderr)
         return OURS
     return DONE
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
 
 
 def _add_common(command):

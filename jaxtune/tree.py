@@ -225,7 +225,7 @@ def _namespace(*leaves):
 
 
 def _natural(path):
-    return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", path)]
+    return [int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", path)]
 
 
 def _shorten(lines):

@@ -104,7 +104,7 @@ def _move(leaf, values, layout):
 
 
 def _moved_pair(target, source, values, layout):
-    wide = jnp.promote_types(jnp.promote_types(target.dtype, source.dtype), jnp.float32)
+    wide = jnp.float64 if jnp.float64 in (target.dtype, source.dtype) else jnp.float32
     return target.astype(wide), _move(source.astype(wide), values, layout)
 
 

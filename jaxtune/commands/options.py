@@ -80,7 +80,4 @@ def _convert(name, text, default):
 
 def describe_inputs(models: Mapping[str, checkpoint.Checkpoint]) -> dict[str, Any]:
     """Path, format and hashes of every input, for the report."""
-    return {
-        role: {"path": str(model.path), "format": model.format, "sha256": checkpoint.hash_checkpoint(model)}
-        for role, model in models.items()
-    }
+    return {role: checkpoint.describe_checkpoint(model) for role, model in models.items()}
