@@ -51,9 +51,10 @@ def run(arguments) -> None:
     cost = report["cost"]
     print(f"\n{cost['seconds']['total']:.0f} s, peak memory {count_bytes(cost['peak_memory_bytes'])}.")
     if arguments.out:
-        page = _page(story, report)
+        page, overview = _page(story, report), _overview(story)
         with publish(arguments.out, overwrite=arguments.overwrite) as folder:
-            write_extra_files(folder, {"report.json": to_json(report).encode(), "report.html": page.encode()})
+            texts = {"report.json": to_json(report), "report.html": page, "overview.svg": overview}
+            write_extra_files(folder, {name: text.encode() for name, text in texts.items()})
             copy_models(models, folder / "models")
         print(f"Open {arguments.out}/report.html; the checkpoints are in {arguments.out}/models.")
 
@@ -88,8 +89,20 @@ def _as_text(story: Story):
     return "\n".join(parts)
 
 
+def _overview(story: Story):
+    """Handwritten digits after the transport, both new bases side by side."""
+    by_target = {target: [row for row in story.rows if row.target == target] for target in TARGETS}
+    return plot_bars(
+        "Handwritten digits read right, without data and without training",
+        [row.name for row in by_target["release"]],
+        {words: [row.task for row in by_target[target]] for target, words in TARGETS.items()},
+        y_label="accuracy",
+        lines={"the old base's own fine-tune": story.specialist["task"]},
+    )
+
+
 def _page(story: Story, report):
-    sections = [Section("What this is", [INTRODUCTION])]
+    sections = [Section("What this is", [INTRODUCTION], figures=[_overview(story)])]
     for target, words in TARGETS.items():
         evidence = story.evidence[target]
         mine = [row for row in story.rows if row.target == target]
