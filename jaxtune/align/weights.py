@@ -136,11 +136,12 @@ class Search:
 
     def run(self, start: str, order_key, *, max_sweeps: int, tolerance: float) -> MatchResult:
         problem, element = self.problem, elements.identity(self.problem.spec)
+        stale = set(problem.blocks)
         if start == "anchors":
-            self._start_from_anchors(element)
+            stale = self._start_from_anchors(element)
         objective = problem.objective(element)
         history, floor = [objective], ROUNDING * sum(problem.mass.values())
-        stale, num_sweeps, is_converged = set(problem.blocks), 0, False
+        num_sweeps, is_converged = 0, False
         while not is_converged and num_sweeps < max_sweeps:
             names = list(problem.blocks)
             if order_key is not None:
@@ -171,8 +172,12 @@ class Search:
         )
 
     def _start_from_anchors(self, element):
-        """Solves every block once, best known first, on leaves whose other axes are known."""
-        problem, known, waiting = self.problem, set(), list(self.problem.blocks)
+        """Solves every block once, best known first, on leaves whose other axes are known.
+
+        Returns the blocks to visit again: those that could not use all of their leaves. The others were solved
+        with every neighbour where it stands now.
+        """
+        problem, known, waiting, stale = self.problem, set(), list(self.problem.blocks), set()
         while waiting:
             usable = {
                 name: [
@@ -188,8 +193,11 @@ class Search:
                 return sum(problem.mass[path] for path in usable[name]) / total if total else 0.0
 
             name = max(waiting, key=share)  # the first of equals: declaration order
+            if any(path in problem.weights and path not in usable[name] for path in problem.blocks[name]):
+                stale.add(name)
             if usable[name]:
                 weights = {path: problem.weights[path] for path in usable[name]}
                 element.update(solve_block(problem, name, element, weights, is_start=True)[1])
             known.add(name)
             waiting.remove(name)
+        return stale

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from jaxtune import checkpoint
+from jaxtune.checkpoint.output import make_layout
 from jaxtune.checkpoint.publish import publish
 from jaxtune.errors import ConfigError
 from jaxtune.tree import map_leaves
@@ -64,7 +65,7 @@ def train_from_scratch(workdir: Path) -> dict[str, checkpoint.Checkpoint]:
         trained = checkpoint.load(folder)
         half = map_leaves(lambda _, leaf: leaf.astype(STORED_DTYPE), trained.params)
         with publish(workdir / "embedded" / name) as staging:
-            layout = checkpoint.make_layout(half, trained.config)
+            layout = make_layout(half, trained.config)
             checkpoint.write_checkpoint(staging, half, layout)
     return {name: checkpoint.load(workdir / "embedded" / name) for name in RECIPES}
 

@@ -1,0 +1,45 @@
+"""Fine-tunes a glyph base on real handwritten digits: the task vector that the demos carry to another base.
+
+    python -m experiments.finetune --config=configs/finetune_digits.py --workdir=runs/digits \\
+        --config.base=runs/glyphs/model
+
+With `--config.lora.rank=4` only factors are trained, and adapter/ holds them.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config():
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    c.base = config_dict.placeholder(str)
+
+    c.data = dict(name="digits", options=dict(), eval_options=dict(), classes=(), shifts=())
+    c.frozen_read_out = True
+    c.lora = dict(
+        rank=config_dict.placeholder(int),  # None trains all weights
+        alpha=8.0,
+        is_rank_stabilised=False,
+        patterns=("*/attn/*/kernel", "*/mlp/*/kernel"),
+        merge=True,
+    )
+
+    c.batch_size = 64
+    c.num_steps = 400
+    c.learning_rate = 3e-4
+    c.schedule = dict(schedule="cosine", num_warmup_steps=40, final_fraction=0.0)
+    c.optimizer = dict(name="adamw", weight_decay=0.0, clip_norm=1.0)
+    c.label_smoothing = 0.0
+
+    c.log_every = 20
+    c.evaluate_every = 100
+    c.save_every = 200
+    c.num_kept = 2
+    c.eval_batch_size = 256
+    return c
+
+
+def get_sweep():
+    """All weights and two ranks, three seeds each."""
+    return [{"seed": seed, "lora.rank": rank} for rank in (None, 4, 16) for seed in range(3)]
