@@ -1,0 +1,1 @@
+"""Runs that a config describes: `python -m experiments.<name> --config=configs/<file>.py --workdir=DIR`."""
