@@ -1,5 +1,7 @@
 """Closed forms for changes of basis: the best rotation, the best invertible map inside a head."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from jaxtune.symmetry.linear import fix_ones
@@ -47,11 +49,35 @@ def balance(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return forward, np.linalg.inv(forward)
 
 
+@dataclass(frozen=True)
+class Sides:
+    """What one network's circuits look like from inside their heads; no element of the other groups changes it.
+
+    Attributes:
+        grams: Gram matrices of the two sides, `X^T X` and `Y^T Y`, the sides being (query, key) or (value, output).
+        forward, backward: The balancing map of each head and its inverse, see `balance`.
+
+    Shapes:
+        every matrix: float64[heads, n, n].
+    """
+
+    grams: tuple[np.ndarray, np.ndarray]
+    forward: np.ndarray
+    backward: np.ndarray
+
+    def reorder(self, order: np.ndarray) -> "Sides":
+        """The same with the heads in another order."""
+        rows, columns = (gram[order] for gram in self.grams)
+        return Sides((rows, columns), self.forward[order], self.backward[order])
+
+
+def make_sides(rows: np.ndarray, columns: np.ndarray) -> Sides:
+    """Balances the two sides of every head."""
+    return Sides((rows, columns), *balance(rows, columns))
+
+
 def solve_inside(
-    cross: tuple[np.ndarray, np.ndarray],
-    source: tuple[np.ndarray, np.ndarray],
-    target: tuple[np.ndarray, np.ndarray],
-    current: np.ndarray,
+    cross: tuple[np.ndarray, np.ndarray], source: Sides, target: Sides, current: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The map inside each head that brings the source's two sides closest to the target's.
 
@@ -60,30 +86,27 @@ def solve_inside(
     exact whenever the two heads are one circuit in two bases.
 
     Args:
-        cross: `X_A^T X_B` and `Y_A^T Y_B`, the sides being (query, key) or (value, output).
-        source: Gram matrices `X_A^T X_A` and `Y_A^T Y_A`.
-        target: Gram matrices of the target.
+        cross: `X_A^T X_B` and `Y_A^T Y_B`.
+        source, target: Either network's own sides, heads in matching order.
         current: Maps to beat.
 
     Shapes:
-        every argument: float[heads, n, n].
+        cross, current: float[heads, n, n].
         returns: maps float64[heads, n, n] and their objective float64[heads], see `inside_objective`.
 
     Reference:
         Schönemann 1966 (orthogonal Procrustes); for the balanced start, the gauge of a matrix product.
     """
     x, y = (np.asarray(matrix, np.float64) for matrix in cross)
-    forward, backward = balance(*source)
-    forward_target, backward_target = balance(*target)
     # In balanced coordinates: X_A S_A against X_B S_B, Y_A S_A^-T against Y_B S_B^-T.
-    turned = _t(forward) @ x @ forward_target + backward @ y @ _t(backward_target)
+    turned = _t(source.forward) @ x @ target.forward + source.backward @ y @ _t(target.backward)
     candidates = [
         np.asarray(current, np.float64),
         np.broadcast_to(np.eye(x.shape[-1]), x.shape),
         polar_factor(x + y),
-        forward @ polar_factor(turned) @ backward_target,
+        source.forward @ polar_factor(turned) @ target.backward,
     ]
-    scores = np.stack([inside_objective(g, cross, source) for g in candidates])
+    scores = np.stack([inside_objective(g, cross, source.grams) for g in candidates])
     scores = np.where(np.isfinite(scores), scores, -np.inf)
     best = np.argmax(scores, axis=0)
     heads = np.arange(len(best))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.align.assignment import score_of, solve_assignment, solve_assignments
-from jaxtune.align.bases import centred_polar_factor, inside_objective, polar_factor, solve_inside
+from jaxtune.align.bases import Sides, centred_polar_factor, inside_objective, make_sides, polar_factor, solve_inside
 from jaxtune.align.heads import circuit_scores, exact_scores, head_leaves, inside_scores, spectral_scores
 from jaxtune.align.products import leaf_product, slot_scores, unit_scores
 from jaxtune.errors import SpecError
@@ -48,6 +48,7 @@ class Problem:
     owners: Mapping[str, frozenset[str]]
     head_cost: str
     _spectral: dict[str, np.ndarray] = field(default_factory=dict)
+    _sides: dict[str, tuple[Sides, Sides]] = field(default_factory=dict)
 
     def objective(self, element) -> float:
         """`sum of weight * (<target, g(source)> - (|g(source)|^2 - |source|^2) / 2)`; no unit."""
@@ -62,6 +63,19 @@ class Problem:
         if head not in self._spectral:
             self._spectral[head] = solve_assignment(spectral_scores(self.spec, head, self.target, self.source))
         return self._spectral[head]
+
+    def sides(self, head: str, child: str, weights: Weights) -> tuple[Sides, Sides]:
+        """Source's and target's own sides of the circuits of `child`; taken once for the full set of leaves."""
+        if weights is self.weights and child in self._sides:
+            return self._sides[child]
+        still = elements.identity(self.spec)
+        pair = tuple(
+            make_sides(*_slot_tables(self.spec, head, child, still, tree, tree, weights))
+            for tree in (self.source, self.target)
+        )
+        if weights is self.weights:
+            self._sides[child] = pair
+        return pair
 
 
 def make_problem(
@@ -171,11 +185,14 @@ def _solve_linear_heads(problem, name, element, weights, *, is_start):
     else:
         order = solve_assignment(circuit_scores(spec, name, element, problem.target, problem.source) + alone)
 
+    sides = {child: problem.sides(name, child, weights) for child in spec.children_of(name)}
+
     def move_to(order, *, keep):
         values, score = {name: order}, score_of(alone, order)
         standing = {**element, name: order}
         for child in spec.children_of(name):
-            cross, source, target = _sides(problem, name, child, standing, weights)
+            cross, (source, target) = _cross(problem, name, child, standing, weights), sides[child]
+            source = source.reorder(order)
             current = element[child] if keep else np.broadcast_to(np.eye(cross[0].shape[-1]), cross[0].shape)
             values[child], scores = solve_inside(cross, source, target, current)
             score += scores.sum()
@@ -183,35 +200,29 @@ def _solve_linear_heads(problem, name, element, weights, *, is_start):
 
     old = score_of(alone, element[name])
     for child in spec.children_of(name):
-        cross, source, _ = _sides(problem, name, child, element, weights)
-        old += inside_objective(element[child], cross, source).sum()
+        grams = sides[child][0].reorder(element[name]).grams
+        old += inside_objective(element[child], _cross(problem, name, child, element, weights), grams).sum()
     moves = [move_to(order, keep=False)] + ([] if is_start else [move_to(element[name], keep=True)])
     score, values = max(moves, key=lambda move: move[0])
     return float(score - old), values
 
 
-def _sides(problem, head, child, element, weights):
-    """Products over the two sides of a circuit: cross, source's own, target's own; float64[heads, n, n] each."""
-    spec, size = problem.spec, problem.spec.groups[child].size
-    shape = (problem.spec.groups[head].size, size, size)
-    tables = {name: {False: np.zeros(shape), True: np.zeros(shape)} for name in ("cross", "source", "target")}
-    still = elements.identity(spec)
+def _cross(problem, head, child, element, weights):
+    """`X_A^T X_B` and `Y_A^T Y_B` of matched heads: the closed forms want the source's units as rows."""
+    tables = _slot_tables(problem.spec, head, child, element, problem.target, problem.source, weights)
+    return tuple(np.swapaxes(table, -1, -2) for table in tables)
+
+
+def _slot_tables(spec, head, child, element, rows, columns, weights):
+    """Products of units inside matched heads, over the plain and over the dual leaves: float64[heads, n, n] each."""
+    size = spec.groups[child].size
+    tables = [np.zeros((spec.groups[head].size, size, size)) for _ in range(2)]
     for path, head_axis, unit_axis in head_leaves(spec, head):
         axis = spec.axes[path][unit_axis]
-        if axis.group != child or path not in weights:
-            continue
-        ours, theirs = problem.target[path], problem.source[path]
-        for name, standing, rows, columns in (
-            ("cross", element, ours, theirs),
-            ("target", still, ours, ours),
-            ("source", still, theirs, theirs),
-        ):
-            product = slot_scores(spec, standing, path, head_axis, unit_axis, rows, columns)
-            tables[name][axis.dual] += weights[path] * np.asarray(product, np.float64)
-    tables["source"] = {dual: table[element[head]] for dual, table in tables["source"].items()}
-    # slot_scores has target units as rows; the closed forms want the source's.
-    cross = tuple(np.swapaxes(tables["cross"][dual], -1, -2) for dual in (False, True))
-    return cross, *(tuple(tables[name][dual] for dual in (False, True)) for name in ("source", "target"))
+        if axis.group == child and path in weights:
+            product = slot_scores(spec, element, path, head_axis, unit_axis, rows[path], columns[path])
+            tables[axis.dual] += weights[path] * np.asarray(product, np.float64)
+    return tables
 
 
 def _unit_sum(problem, name, element, weights):

@@ -13,10 +13,12 @@ TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-8}
 
 
 def fix_ones(size: int) -> np.ndarray:
-    """Orthonormal basis whose first vector is the normalised ones vector: float64[n, n], rows."""
-    basis = np.eye(size)
-    basis[0] = 1.0
-    return np.linalg.qr(basis.T)[0].T * -1.0
+    """Orthonormal basis whose first vector is the normalised ones vector: float64[n, n], symmetric."""
+    ones = np.full(size, size**-0.5)
+    if size == 1:
+        return ones[None]
+    mirror = ones - np.eye(size)[0]  # the reflection that swaps the first axis and the ones vector
+    return np.eye(size) - 2 * np.outer(mirror, mirror) / (mirror @ mirror)
 
 
 def _identity(size, count):
