@@ -70,7 +70,7 @@ def transport(models, out, **changes):
 
 def test_a_fine_tune_arrives_on_a_reordered_copy(models, run, tmp_path):
     code, out, err = run(*transport(models, tmp_path / "out", target=models["copy"]))
-    assert (code, err) == (0, "")
+    assert code == 0, err
     assert "lineage of the bases" in out
     assert "the same function" in out
     carried, tuned = jt.load(tmp_path / "out"), jt.load(models["tuned"])

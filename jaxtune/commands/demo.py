@@ -1,19 +1,19 @@
 """`jaxtune demo`: the whole story on embedded data, as a table and a page."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from jaxtune.checkpoint import refuse_existing
 from jaxtune.checkpoint.output import write_extra_files
 from jaxtune.checkpoint.publish import publish
 from jaxtune.demo.models import copy_models, load_embedded, train_from_scratch
-from jaxtune.demo.story import SCALES, TARGETS, WEIGHTS, Story, tell_story
+from jaxtune.demo.story import SCALES, TARGETS, WEIGHTS, Story, num_stages, tell_story
 from jaxtune.report.evidence import evidence_section
 from jaxtune.report.page import Section, render_page
 from jaxtune.report.plots import plot_bars, plot_lines
 from jaxtune.report.run import Run, describe_host, to_json
 from jaxtune.report.table import count_bytes, percent, render_table
+from jaxtune.train.progress import Progress
 
 SCRATCH = Path("runs") / "demo_models"
 COLUMNS = {"name": "", "task": "digits", "support": "glyphs", "recovered": "recovered", "seconds": "seconds"}
@@ -32,8 +32,8 @@ def run(arguments) -> None:
     work = Run("demo")
     with work.stage("models"):
         models = train_from_scratch(SCRATCH) if arguments.from_scratch else load_embedded()
-    with work.stage("story"):
-        story = tell_story(models, progress=lambda stage: print(f"  {stage}", file=sys.stderr, flush=True))
+    with Progress(num_stages(), "demo") as progress:
+        story = tell_story(models, progress=progress.update)
     report = {
         "command": "demo",
         "specialist": story.specialist,

@@ -76,14 +76,14 @@ class Story:
 
 
 def tell_story(
-    models: Mapping[str, Checkpoint], *, seed: int = 0, progress: Callable[[str], None] = lambda stage: None
+    models: Mapping[str, Checkpoint], *, seed: int = 0, progress: Callable[[int], None] = lambda num_done: None
 ) -> Story:
     """Carries the fine-tune to both new bases by every method and measures all of it.
 
     Args:
         models: As `demo.models.load_embedded` gives.
         seed: Of every random choice.
-        progress: Called with the name of each stage.
+        progress: Called with the number of stages done, of `num_stages` in all.
 
     Returns:
         The story; test data is used once per row, sweeps use validation data.
@@ -97,6 +97,7 @@ def tell_story(
     story = Story()
     tuned = trees["old_tuned"]
     story.specialist = {"task": measure(tuned, digits["test"]).accuracy, "support": measure(tuned, glyphs).accuracy}
+    num_done = 0
     for target in TARGETS:
         key = named_key(jax.random.key(seed), target)
         base, ceiling = trees[target], trees[f"{target}_tuned"]
@@ -108,20 +109,20 @@ def tell_story(
         row("base", "the new base alone", base)
         prepared = {}
         for method in METHODS:
-            progress(f"{target}: {method}")
             began = time.perf_counter()
             prepared[method] = prepare_transport(
                 named_key(key, method), symmetry_of, trees["old"], tuned, base, method=method
             )
             seconds = time.perf_counter() - began
             row("method", method, apply_transport(prepared[method], base), seconds)
+            num_done += 1
+            progress(num_done)
         story.chosen[target] = prepared["auto"].info["chosen"]
         for name, control in _controls(key, symmetry_of(), trees["old"], tuned).items():
             row("control", name, apply_transport(control, base))
         row("ceiling", "the new base fine-tuned itself", ceiling)
         _fill_recovered(story.rows, target)
 
-        progress(f"{target}: evidence, scales and lines")
         aligned = prepared["permutation"]
         story.evidence[target] = judge_match(
             named_key(key, "evidence"), aligned.spec, base, trees["old"], aligned.element
@@ -137,7 +138,14 @@ def tell_story(
             name: [measure(interpolate_linear(*ends, weight), glyphs, NUM_LINE).loss for weight in WEIGHTS]
             for name, ends in _ends(prepared, trees["old"], base).items()
         }
+        num_done += 1
+        progress(num_done)
     return story
+
+
+def num_stages() -> int:
+    """One per method, one for evidence, scales and lines; for each new base."""
+    return len(TARGETS) * (len(METHODS) + 1)
 
 
 def _controls(key, spec, source, tuned) -> dict[str, Prepared]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.report.waiting import Waiting
 from jaxtune.version import __version__
 
 
@@ -31,10 +32,11 @@ class Run:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a part of the work."""
+        """Times a part of the work, and shows on stderr that it goes on."""
         began = time.perf_counter()
         try:
-            yield
+            with Waiting(f"jaxtune {self.command}: {name}"):
+                yield
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - began
 
