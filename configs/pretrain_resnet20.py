@@ -1,6 +1,9 @@
 """ResNet-20 on CIFAR-10, plain logits: a network with batch statistics.
 
-python -m experiments.pretrain --config=configs/pretrain_resnet20.py --workdir=runs/resnet20
+    python -m experiments.pretrain --config=configs/pretrain_resnet20.py --workdir=runs/resnet20
+
+Needs the extra `tfds`. Not measured: the recipe of He et al. 2016 (arXiv:1512.03385, section 4.2: 64,000 steps of
+128, SGD) with a cosine in the place of its two drops, and without its random crops and flips.
 """
 
 import ml_collections

@@ -1,10 +1,12 @@
 """The folder of a run: who owns it, and the results that end up in it.
 
-manifest.json   config, overrides, commit, versions, seeds, hashes of the parents; written first
-checkpoints/    states to go on from
-metrics.csv     numbers over time; events.out.tfevents.* hold the same for TensorBoard
-model/          config.json, model.safetensors, manifest.json
-metrics.json    numbers of the finished model; written last
+In it, in the order in which they appear:
+
+    manifest.json   config, overrides, commit, versions, seeds, hashes of the parents
+    checkpoints/    states to go on from
+    metrics.csv     numbers over time; events.out.tfevents.* hold the same for TensorBoard
+    model/          config.json, model.safetensors, manifest.json
+    metrics.json    numbers of the finished model; a run that has them is over
 """
 
 import json
