@@ -59,7 +59,10 @@ def evidence_section(evidence: Mapping[str, Any], equivalence: Mapping[str, Any]
     """Sections of a page: verdict, numbers, agreement by block."""
     lineage = evidence["lineage"]
     verdict = f"!Lineage: {lineage['verdict']}. {ADVICE[lineage['verdict']]} ({lineage['reason']})"
-    blocks = [{"block": name, **values} for name, values in evidence["agreement"].items()]
+    blocks = [
+        {"block": name, **{kind: f"{value:.3f}" for kind, value in values.items()}}
+        for name, values in evidence["agreement"].items()
+    ]
     figures = []
     if has_plots():
         names = list(evidence["agreement"])
