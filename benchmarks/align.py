@@ -8,6 +8,7 @@ Every time is of one process on an otherwise idle machine; "first" holds the com
 """
 
 import argparse
+import functools
 import json
 import platform
 import resource
@@ -158,16 +159,15 @@ def main():
                 ours, theirs = canonical.fold(shared, target), canonical.fold(shared, source)
             row = {"case": case, "method": method}
             for run in ("first", "warm"):
-                seconds, result = timed(lambda: match(KEY, spec, ours, theirs, **extra))
+                seconds, result = timed(functools.partial(match, KEY, spec, ours, theirs, **extra))
                 row[f"{run}_s"] = round(seconds, 2)
             row["sweeps"] = result.num_sweeps
             if case == "planted" and method != "full":
                 hits = [np.mean(np.asarray(result.element[n]) == planted[n]) for n in spec.groups]
                 row["recovered"] = round(float(np.mean(hits)), 4)
             if method == "weights" and not arguments.skip_loop:
-                row["numpy_loop_s"], row["numpy_loop_sweeps"] = (lambda s, n: (round(s, 2), n))(
-                    *timed(lambda: loop_permutations(spec, ours, theirs))
-                )
+                seconds, sweeps = timed(functools.partial(loop_permutations, spec, ours, theirs))
+                row |= {"numpy_loop_s": round(seconds, 2), "numpy_loop_sweeps": sweeps}
             row["peak_mb"] = round(peak_megabytes())
             print(json.dumps(row), flush=True)
 

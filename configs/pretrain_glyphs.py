@@ -34,16 +34,16 @@ def get_config():
     )
     c.frozen_read_out = True
 
-    c.batch_size = 128
-    c.num_steps = 3_000
-    c.learning_rate = 1e-3
-    c.schedule = dict(schedule="cosine", num_warmup_steps=200, final_fraction=0.0)
+    c.batch_size = 64
+    c.num_steps = 6_000
+    c.learning_rate = 2e-3
+    c.schedule = dict(schedule="cosine", num_warmup_steps=300, final_fraction=0.0)
     c.optimizer = dict(name="adamw", weight_decay=0.05, clip_norm=1.0)
     c.label_smoothing = 0.0
 
     c.log_every = 50
-    c.evaluate_every = 500
-    c.save_every = 500
+    c.evaluate_every = 1_000
+    c.save_every = 1_000
     c.num_kept = 3
     c.eval_batch_size = 400
     return c
