@@ -65,8 +65,9 @@ class Transport:
         prepared: The moved task vector; `apply_transport(prepared, target, scale)` adds it at any scale.
         evidence: How well the bases match under what moved the task vector; where nothing moved, under
             the best permutation, for comparison. None without a symmetry.
-        equivalence: Outputs of the source and of the moved source compared; None where nothing moved,
-            or without a config.
+        equivalence: Outputs of the source and of the moved source compared; None where nothing moved, without
+            a config, or where no network of the family can hold the moved source (`full` on a tower with an
+            entry norm).
     """
 
     params: dict[str, Any]
@@ -176,7 +177,7 @@ def transport(
         ours, theirs = prepared.fold(target), prepared.fold(source)
         if element is None:
             element = match_weights(named_key(key, "compare"), spec, ours, theirs).element
-        elif spec.form is None or not spec.form.entries:  # a folded entry norm fits no network of the family
+        elif prepared.realise is not None:
             moved = prepared.realise(symmetry.apply(spec, element, theirs), source)
             equivalence = _equivalence(key, config, source, moved)
         evidence = judge_match(named_key(key, "evidence"), spec, ours, theirs, element)

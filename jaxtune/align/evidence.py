@@ -20,7 +20,8 @@ SAME_RESIDUAL = 0.01
 # Above this many standard deviations of the random elements' cosine, a common start is certain.
 RELATED_DEVIATIONS = 8.0
 RELATED_COSINE = 0.1
-# An assignment always finds something to agree on; unrelated networks of width 64 reach 0.3.
+# A search always finds something to agree on: unrelated random towers of width 16 to 128 reach 0.26 by
+# permutations and 0.42 by the whole group.
 REORDERED_COSINE = 0.5
 
 

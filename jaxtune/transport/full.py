@@ -71,7 +71,8 @@ def prepare_full(
         spec=folded_spec,
         element=result.element,
         fold=lambda params: canonical.fold(spec, params),
-        realise=lambda params, like: canonical.realise(spec, params, like),
+        # A folded entry norm is a matrix, for which a network of the family has no place.
+        realise=None if spec.form.entries else lambda params, like: canonical.realise(spec, params, like),
         info={
             "is_converged": result.is_converged,
             "num_sweeps": result.num_sweeps,

@@ -24,7 +24,8 @@ class Prepared:
         spec: Symmetry that `element` belongs to; also says which leaves must stay >= 0.
         element: What moved the task vector; None where nothing was aligned.
         fold: Brings a network's weights into the coordinates that `spec` and `element` act on.
-        realise: Brings such weights back into a network that computes the same, given one for its layout.
+        realise: Brings such weights back into a network that computes the same, given one for its layout; None
+            where no network of the family can hold them.
         info: Plain values for the report: what the method chose and measured on its way.
     """
 
@@ -32,7 +33,7 @@ class Prepared:
     spec: Spec
     element: Mapping[str, Any] | None = None
     fold: Callable[[Params], Params] = lambda params: params
-    realise: Callable[[Params, Params], Params] = lambda params, like: params
+    realise: Callable[[Params, Params], Params] | None = lambda params, like: params
     info: dict[str, Any] = field(default_factory=dict)
 
 
