@@ -142,5 +142,5 @@ def test_only_running_statistics_are_not_learnt_in_a_resnet():
 
 
 def test_options_that_a_family_does_not_have_fail_by_name():
-    with pytest.raises(TypeError, match="junctions"):
+    with pytest.raises(ConfigError, match="junctions"):
         registry.symmetry_of(CONFIGS["mlp"], junctions="each")
