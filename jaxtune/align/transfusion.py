@@ -98,6 +98,8 @@ def match_transfusion(
         name: spectral_scores(spec, name, target, source, include_output=include_output_spectrum) for name in heads
     }
     element, phase, num_sweeps, reached_inside = elements.identity(spec), "heads", 0, False
+    neighbours = _neighbours(spec, blocks)
+    stale = set(blocks)  # solving a group again whose neighbours stand still gives what it gave before
 
     def has_progressed(gain, size):
         return gain > (1e-6 * abs(size) if repair_tolerance else PUBLISHED_TOLERANCE)
@@ -111,6 +113,8 @@ def match_transfusion(
                 moved = has_progressed(gain, score_of(spectra[name], element[name]))
                 head_progress = moved or (head_progress and repair_phase)
                 values = {name: new}
+            elif name not in stale:
+                continue
             elif name in heads:
                 reached_inside = True
                 values, gain, size = _solve_inside(spec, name, element, target, source)
@@ -124,19 +128,33 @@ def match_transfusion(
                 gain = score_of(scores, new) - score_of(scores, element[name])
                 moved = has_progressed(gain, score_of(scores, new))
                 values = {name: new}
+            stale.discard(name)
             if moved:
                 element.update(values)
                 progress = True
+                stale |= neighbours[name]
         num_sweeps += 1
         if not repair_stop and not progress:
             break
         if phase == "heads" and not head_progress:
             phase = "inside"
+            stale |= heads
         elif not progress:
             break
     else:
         return TransfusionResult(element, False, num_sweeps, reached_inside)
     return TransfusionResult(element, True, num_sweeps, reached_inside)
+
+
+def _neighbours(spec, blocks):
+    """Block -> the other blocks that own an axis of one of its matched leaves."""
+    near = {name: set() for name in blocks}
+    for path, axes in spec.axes.items():
+        owners = {spec.groups[axis.group].parent or axis.group for axis in axes if axis}
+        if path not in spec.unmatched:
+            for name in owners:
+                near[name] |= owners - {name}
+    return near
 
 
 def _solve_inside(spec, head, element, target, source):
