@@ -95,6 +95,7 @@ def add_noise(params, noise, seed):
 def share_recovered(spec, found, planted):
     """Role -> share of units that the found element sends where the planted one does."""
     shares = {}
-    for name, group in spec.groups.items():
+    for name in found:
+        group = spec.groups[name]
         shares.setdefault(group.role, []).append(np.mean(np.asarray(found[name]) == np.asarray(planted[name])))
     return {role: float(np.mean(values)) for role, values in shares.items()}
