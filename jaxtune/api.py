@@ -95,7 +95,8 @@ def align(
         spec: A ready symmetry instead of a config.
         method: A key of `jaxtune.align.registry.METHODS`.
         seed: Of every random choice.
-        **options: The method's own.
+        **options: The method's own; transformers also take `junctions` ("shared" or "each") and `inside`
+            ("separate" or "joint"), which choose the spec.
 
     Raises:
         ConfigError: the architecture is unknown, or the two differ in it.
@@ -106,7 +107,8 @@ def align(
     symmetry_of = _symmetry(config, spec)
     if method not in ALIGN_METHODS:
         raise unknown_name("align method", method, ALIGN_METHODS)
-    spec = symmetry_of(**ALIGN_METHODS[method].spec_options)
+    spec_options, options = ALIGN_METHODS[method].split(options)
+    spec = symmetry_of(**spec_options)
     key = jax.random.key(seed)
     found = find_element(named_key(key, "align"), spec, target, source, method=method, **options)
     moved = symmetry.apply(spec, found.element, source)

@@ -337,3 +337,17 @@ def test_help_needs_no_jax():
     code = "import sys; from jaxtune.cli import build_parser; build_parser().format_help(); print('jax' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+def test_the_stream_may_have_one_order_per_junction_on_request(models, run, tmp_path):
+    align = ["align", "--source", models["old"], "--target", models["other"], "-o", "junctions=each"]
+    assert run(*align, "--out", tmp_path / "align")[0] == 0
+    report = json.loads((tmp_path / "align" / "report.json").read_text())
+    assert not report["is_exact"]
+    assert report["evidence"]["coherence"] < 0.9
+    assert {f"stream_{n}" for n in range(5)} <= set(report["groups"])
+    arguments = [*transport(models, tmp_path / "out"), "--method", "permutation", "-o", "junctions=each"]
+    assert run(*arguments)[0] == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert not report["equivalence"]["is_exact"]
+    assert run(*arguments[:-1], "junctions=some", "--overwrite")[0] == 2

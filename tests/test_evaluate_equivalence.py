@@ -118,10 +118,10 @@ def test_a_reordered_network_is_the_same_and_a_tuned_one_is_not(name, dtype):
     config = CONFIGS[name]
     params, spec = random_params(config, dtype=dtype), registry.symmetry_of(config)
     moved = symmetry.apply(spec, symmetry.random(jax.random.key(1), spec), params)
-    apply, batch = functools.partial(apply_to_matrix, config), example_batch(jax.random.key(0), config, 8)
+    apply, batch = functools.partial(apply_to_matrix, config), example_batch(jax.random.key(0), config, 32)
     same = check_equivalence(apply, params, moved, batch)
     assert same.is_exact
-    assert same.num_examples == 8
+    assert same.num_examples == 32
     tuned = tree.map_leaves(lambda _, leaf: (leaf.astype(np.float32) * np.float32(1.01)).astype(dtype), params)
     other = check_equivalence(apply, params, tuned, batch)
     assert not other.is_exact

@@ -20,7 +20,8 @@ class Method:
 
     Attributes:
         match: (key, spec, target, source, **options) -> a result with `element` and `is_converged`.
-        spec_options: What to ask of a family's symmetry, so that the spec is the method's own.
+        spec_options: What to ask of a family's symmetry unless told otherwise, so that the spec is the
+            method's own; options of the method like the others, but for the caller who makes the spec.
         summary: One line for listings.
         data: What it needs beyond weights.
         reference: Where it comes from.
@@ -34,15 +35,25 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Option -> default, read off the signature."""
+        """Option -> default: of the spec, then read off the signature."""
         parameters = inspect.signature(self.match).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        own = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return {**self.spec_options, **own}
 
+    def split(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(options of the spec, options of the search); what a family has anyway is not asked of it."""
+        asked = {name: options.get(name, default) for name, default in self.spec_options.items()}
+        asked = {name: value for name, value in asked.items() if value != PLAIN_SPEC[name]}
+        return asked, {name: value for name, value in options.items() if name not in self.spec_options}
+
+
+# One order of the stream, QK and VO apart: what every family's symmetry is unless more is asked.
+PLAIN_SPEC = {"junctions": "shared", "inside": "separate"}
 
 METHODS: dict[str, Method] = {
     "weights": Method(
         match_weights,
-        {},
+        PLAIN_SPEC,
         "coordinate ascent on the inner product of the weights; exact symmetry",
         "none",
         "arXiv:2209.04836",
@@ -68,7 +79,7 @@ def find_element(
     """
     if method not in METHODS:
         raise unknown_name("align method", method, METHODS)
-    known = METHODS[method].options
+    known = METHODS[method].options.keys() - METHODS[method].spec_options.keys()
     for option in options:
         if option not in known:
             raise unknown_name(f"option of align method {method!r}", option, known)

@@ -1,5 +1,6 @@
 """A fixed batch of inputs for any model: what functional equivalence is checked on when there is no data."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,12 +45,16 @@ def example_batch(key: jax.Array, config: Any, size: int) -> dict[str, jax.Array
     raise ConfigError(f"no example inputs for {type(config).__name__}.")
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def apply_to_matrix(config: Any, params: Params, batch: Mapping[str, Any]) -> jax.Array:
-    """Outputs of any family as float[N, K]: logits or features; for CLIP, the logits of images against texts."""
+    """Outputs of any family as float[N, K]: logits or features; for CLIP, the logits of images against texts.
+
+    Compiled once for each config and batch shape, however often weights are compared.
+    """
     outputs = registry.apply(config, params, batch)
     if not isinstance(config, clip.Config):
         return outputs
-    scale = jnp.exp(outputs["logit_scale"]).astype(outputs["image_features"].dtype)
+    scale = outputs["logit_scale"].astype(outputs["image_features"].dtype)
     return scale * (outputs["image_features"] @ outputs["text_features"].T)
 
 

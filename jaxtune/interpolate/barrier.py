@@ -40,7 +40,7 @@ def measure_barrier(weights: Sequence[float], losses: Sequence[float]) -> Barrie
     weights, losses = np.asarray(weights, np.float64), np.asarray(losses, np.float64)
     if weights.shape != losses.shape or weights.ndim != 1 or len(weights) < 3:
         raise ValueError(f"need one loss per weight, three or more; got {weights.shape} and {losses.shape}")
-    if weights[0] != 0 or weights[-1] != 1 or (np.diff(weights) <= 0).any():
+    if weights[0] != 0 or weights[-1] != 1 or not (np.diff(weights) > 0).all():
         raise ValueError("weights must increase from 0 to 1")
     excess = losses - ((1 - weights) * losses[0] + weights * losses[-1])
     worst = int(np.argmax(excess))

@@ -11,8 +11,8 @@ def interpolate_linear(first: Params, second: Params, weight: float | Leaf) -> d
 
     Args:
         first, second: Two models of one architecture.
-        weight: 0 gives `first` and 1 `second`, bit for bit; outside [0, 1] the line goes on. Traceable, so
-            a whole line is one `vmap`.
+        weight: 0 gives `first` and 1 `second`, bit for bit where their dtypes agree; outside [0, 1] the line goes
+            on. Traceable, so a whole line is one `vmap`.
 
     Returns:
         A tree as `first`. Integer and boolean leaves are `first`'s: there is no line between counters.
@@ -24,23 +24,24 @@ def interpolate_linear(first: Params, second: Params, weight: float | Leaf) -> d
         Wortsman et al. 2022, arXiv:2109.01903 (WiSE-FT).
     """
     check_same({"first": first, "second": second})
-    end = _end_of(weight)
+    if isinstance(weight, float | int | np.generic | np.ndarray):
+        weight = np.float64(weight)
 
     def mix(_, a, b):
         if not is_float(a):
             return a
-        if end is not None:
-            return (a, b)[end].astype(a.dtype)
+        if isinstance(weight, np.float64) and weight in (0, 1):  # no arithmetic: it turns -0 into 0, Inf into NaN
+            return (a, b)[int(weight)].astype(a.dtype)
         wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
-        a_share = (1 - np.float64(weight)).astype(wide) if isinstance(weight, float | int) else 1 - weight.astype(wide)
-        b_share = wide(weight) if isinstance(weight, float | int) else weight.astype(wide)
-        return (a_share * a.astype(wide) + b_share * b.astype(wide)).astype(a.dtype)
+        shares = (1 - weight).astype(wide), weight.astype(wide)
+        mixed = (shares[0] * a.astype(wide) + shares[1] * b.astype(wide)).astype(a.dtype)
+        return mixed if isinstance(weight, np.float64) else _keep_ends(weight, a, b.astype(a.dtype), mixed)
 
     return map_leaves(mix, first, second)
 
 
-def _end_of(weight):
-    """0 or 1 at an end of the line, where no arithmetic may touch the bits; else None."""
-    if isinstance(weight, float | int) and weight in (0, 1):
-        return int(weight)
-    return None
+def _keep_ends(weight, a, b, mixed):
+    """The same where `weight` is known on the device alone."""
+    import jax.numpy as jnp
+
+    return jnp.where(weight == 0, a, jnp.where(weight == 1, b, mixed))

@@ -29,7 +29,7 @@ def plot_bars(
         axes.bar(at, values, width, label=name, color=COLOURS[n % len(COLOURS)])
     for n, (name, value) in enumerate((lines or {}).items()):
         axes.axhline(value, label=name, color="black", linewidth=1, linestyle=("--", ":", "-.")[n % 3])
-    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", parse_math=False)
     return _finish(figure, axes, title, None, y_label)
 
 
@@ -58,13 +58,15 @@ def _figure(width, height):
 def _finish(figure, axes, title, x_label, y_label):
     import matplotlib
 
-    axes.set_title(title, fontsize=10)
-    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=10, parse_math=False)  # a name may hold a "$"
+    axes.set_ylabel(y_label, parse_math=False)
     if x_label:
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(x_label, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend = axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     buffer = io.StringIO()
     # Without a date and with a fixed salt, the same numbers give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "jaxtune"}):

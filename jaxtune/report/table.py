@@ -1,6 +1,10 @@
 """Tables for a terminal: plain text, columns aligned."""
 
+import re
 from collections.abc import Mapping, Sequence
+
+# What `_text` and `percent` make of numbers; a column of nothing else is set to the right.
+NUMBER = re.compile(r"([+-]?(\d+(\.\d+)?(e[+-]?\d+)?|inf|nan)( ?%)?)?")
 
 
 def render_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]]) -> str:
@@ -8,7 +12,8 @@ def render_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]
 
     Args:
         columns: Key -> heading, in order. A key that a row lacks is left blank.
-        rows: Values by key. Numbers and words ending in a digit or "%" go to the right.
+        rows: Values by key. Columns of nothing but numbers and percentages go to the right; what would move the
+            cursor is shown escaped, since names come from strangers' files.
 
     Returns:
         Lines joined by newlines, without one at the end.
@@ -16,7 +21,7 @@ def render_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]
     cells = [[_text(row.get(key, "")) for key in columns] for row in rows]
     headings = list(columns.values())
     widths = [max(len(line[n]) for line in [headings, *cells]) for n in range(len(headings))]
-    to_right = [bool(cells) and all(_is_number(line[n]) for line in cells) for n in range(len(headings))]
+    to_right = [bool(cells) and all(NUMBER.fullmatch(line[n]) for line in cells) for n in range(len(headings))]
 
     def join(line):
         columns = zip(line, widths, to_right, strict=True)
@@ -41,8 +46,5 @@ def count_bytes(number: int) -> str:
 def _text(value):
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _is_number(text):
-    return not text or text.rstrip(" %").lstrip("+-").replace(".", "", 1).replace("e", "", 1).isdigit()
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

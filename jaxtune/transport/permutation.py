@@ -14,6 +14,7 @@ def prepare_permutation(
     finetuned: Params,
     target: Params,
     *,
+    junctions: str = "shared",
     head_cost: str = "exact",
     num_restarts: int = 0,
     max_sweeps: int = 100,
@@ -21,13 +22,14 @@ def prepare_permutation(
 ) -> Prepared:
     """Matches the old base to the new one by permutations and moves the task vector along.
 
-    One order serves the whole residual stream, so the element is an exact symmetry: the moved old base
-    computes what the old base did.
+    With one order for the whole residual stream the element is an exact symmetry: the moved old base computes
+    what the old base did.
 
     Args:
         key: Orders the groups in restarts.
         symmetry: Spec of the bases.
         source, finetuned, target: Old base, its fine-tune, new base; one architecture.
+        junctions: "shared": one order of the stream. "each": one per junction, as in TransFusion; not exact.
         head_cost, num_restarts, max_sweeps, tolerance: As in `align.weights.match_weights`.
 
     Raises:
@@ -37,7 +39,7 @@ def prepare_permutation(
         Ainsworth et al. 2023, arXiv:2209.04836. Differs: attention heads move as units with the units
         inside them, QK and VO apart.
     """
-    spec = symmetry()
+    spec = symmetry() if junctions == "shared" else symmetry(junctions=junctions)
     vector = task_vector(source, finetuned)
     result = match_weights(
         key,
