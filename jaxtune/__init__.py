@@ -41,6 +41,10 @@ class _CallablePackage(ModuleType):
         return getattr(importlib.import_module("jaxtune.api"), self.__name__.rpartition(".")[2])
 
     @property
+    def __doc__(self):
+        return self._call.__doc__
+
+    @property
     def __signature__(self):
         return inspect.signature(self._call)
 

@@ -1,12 +1,13 @@
 """The calls behind `import jaxtune as jt`: everything the command line does, on trees of weights.
 
-A model is either a checkpoint, as `jt.load` gives, or a bare tree of arrays; with bare trees the
+A model is a checkpoint, as `jt.load` gives, the path of one, or a bare tree of arrays; with bare trees the
 architecture comes from `config` (a model config, or its dict) or from a ready `spec`.
 """
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxtune.align.evidence import MatchEvidence, judge_match
 from jaxtune.align.registry import METHODS as ALIGN_METHODS
 from jaxtune.align.registry import find_element
 from jaxtune.align.weights import match_weights
-from jaxtune.checkpoint import Checkpoint
+from jaxtune.checkpoint import Checkpoint, load
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
 from jaxtune.evaluate.equivalence import Equivalence, check_equivalence
@@ -29,8 +30,11 @@ from jaxtune.symmetry import Spec
 from jaxtune.transport.prepared import Prepared, Symmetry, apply_transport
 from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
 from jaxtune.transport.registry import prepare_transport
-from jaxtune.tree import check_finite, check_same, flatten
+from jaxtune.tree import check_finite, check_same, flatten, map_leaves
 from jaxtune.types import Params
+
+# A checkpoint, the path of one, or a bare tree.
+Model = Checkpoint | Params | str | Path
 
 EXAMPLES = 32  # inputs of the equivalence check
 
@@ -77,8 +81,8 @@ class Transport:
 
 
 def align(
-    source: Checkpoint | Params,
-    target: Checkpoint | Params,
+    source: Model,
+    target: Model,
     *,
     config: Any = None,
     spec: Spec | None = None,
@@ -128,9 +132,9 @@ def align(
 
 
 def transport(
-    source: Checkpoint | Params,
-    finetuned: Checkpoint | Params,
-    target: Checkpoint | Params,
+    source: Model,
+    finetuned: Model,
+    target: Model,
     *,
     config: Any = None,
     spec: Spec | None = None,
@@ -180,18 +184,21 @@ def transport(
         if element is None:
             element = match_weights(named_key(key, "compare"), spec, ours, theirs).element
         elif prepared.realise is not None:
-            moved = prepared.realise(symmetry.apply(spec, element, theirs), source)
-            equivalence = _equivalence(key, config, source, moved)
+            wide = map_leaves(lambda _, leaf: np.asarray(leaf, np.float32), source)  # what is stored may be half of it
+            moved = prepared.realise(symmetry.apply(spec, element, prepared.fold(wide)), wide)
+            equivalence = _equivalence(key, config, wide, moved)
         evidence = judge_match(named_key(key, "evidence"), spec, ours, theirs, element)
+    params = apply_transport(prepared, target, scale)
+    check_finite("the result", params)
     return Transport(
-        params=apply_transport(prepared, target, scale),
+        params=params,
         prepared=prepared,
         evidence=evidence,
         equivalence=equivalence,
     )
 
 
-def interpolate(first: Checkpoint | Params, second: Checkpoint | Params, weight: float = 0.5) -> dict[str, Any]:
+def interpolate(first: Model, second: Model, weight: float = 0.5) -> dict[str, Any]:
     """The model at `weight` on the straight line from `first` (0) to `second` (1).
 
     Raises:
@@ -202,7 +209,7 @@ def interpolate(first: Checkpoint | Params, second: Checkpoint | Params, weight:
     return interpolate_linear(models["first"], models["second"], weight)
 
 
-def evaluate(model: Checkpoint | Params, source: Any, *, config: Any = None, **options: Any) -> Metrics:
+def evaluate(model: Model, source: Any, *, config: Any = None, **options: Any) -> Metrics:
     """Accuracy and loss of a model on a data source; options as `evaluate_classifier` takes them.
 
     Raises:
@@ -217,12 +224,16 @@ def evaluate(model: Checkpoint | Params, source: Any, *, config: Any = None, **o
 
 def _open(models, config):
     """({name: params}, config): checkpoints opened, architectures compared, weights checked."""
+    models = {name: load(model) if isinstance(model, str | Path) else model for name, model in models.items()}
     trees = {name: model.params if isinstance(model, Checkpoint) else model for name, model in models.items()}
     checkpoints = {name: model for name, model in models.items() if isinstance(model, Checkpoint)}
-    if config is None and checkpoints:
-        config = check_same_architecture(checkpoints)
-    elif isinstance(config, Mapping):
+    if isinstance(config, Mapping):
         config = registry.config_from_dict(config)
+    if checkpoints:
+        own = check_same_architecture(checkpoints)
+        if config is not None and config != own:
+            raise ConfigError(f"config= says {config}, the checkpoints say {own}. Leave config= out.")
+        config = own
     check_same(trees)
     for name, tree in trees.items():
         check_finite(name, tree)

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that `jaxtune --help` answer
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -86,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
+    # Small batched factorisations gain nothing from threads, and lose a factor of a hundred where cores are busy.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's word; what is half done is cleaned up
@@ -107,13 +110,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
+def _seed(text):
+    seed = int(text)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"expected 0 to {2**32 - 1}, got {text}")
+    return seed
+
+
 def _interrupt(number, frame):
     raise KeyboardInterrupt
 
 
 def _add_common(command):
     command.add_argument("--out", metavar="DIR", help="where the result goes")
-    command.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+    command.add_argument("--seed", type=_seed, default=0, help="of every random choice (default: %(default)s)")
     command.add_argument("--config", metavar="JSON", help="config.json of checkpoints that carry none")
     command.add_argument(
         "-o", "--option", metavar="NAME=VALUE", action="append", default=[], help="an option of the method; repeatable"

@@ -21,9 +21,14 @@ def flatten(params: Params) -> dict[str, Leaf]:
     """Nested dict -> {path: leaf}, in natural order of the paths ("block_2" before "block_10").
 
     Raises:
-        TreeMismatchError: a key is not a non-empty string without "/".
+        TreeMismatchError: no nested dict, a leaf that is no array, or a key that is not a non-empty string
+            without "/".
     """
     flat: dict[str, Leaf] = {}
+    if not isinstance(params, Mapping):
+        raise TreeMismatchError(
+            f"expected a nested dict of arrays, got {type(params).__name__}; of a checkpoint, take its .params."
+        )
 
     def walk(node, prefix):
         for key, value in node.items():
@@ -34,8 +39,10 @@ def flatten(params: Params) -> dict[str, Leaf]:
             path = f"{prefix}/{key}" if prefix else key
             if isinstance(value, Mapping):
                 walk(value, path)
-            else:
+            elif hasattr(value, "shape") and hasattr(value, "dtype"):
                 flat[path] = value
+            else:
+                raise TreeMismatchError(f"{path}: expected an array, got {type(value).__name__}.")
 
     walk(params, "")
     return {path: flat[path] for path in sorted(flat, key=_natural)}

@@ -5,7 +5,15 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from jaxtune.align.bases import balance, centred_polar_factor, inside_objective, make_sides, polar_factor, solve_inside
+from jaxtune.align.bases import (
+    RANK_TOLERANCE,
+    balance,
+    centred_polar_factor,
+    inside_objective,
+    make_sides,
+    polar_factor,
+    solve_inside,
+)
 
 NUM_HEADS, WIDTH, UNITS = 3, 40, 8
 
@@ -285,4 +293,5 @@ def test_a_circuit_of_low_rank_still_arrives(draw):
     target = move(source, draw_gauge(draw, 10))
     maps, _ = solve_inside(*problem_of(source, target), identities())
     size = sum((side**2).sum(axis=(1, 2)) for side in target)
-    assert (squared_distance(source, target, maps) < 1e-9 * size).all()
+    # Silent directions are lifted to RANK_TOLERANCE of the strongest, which bends the others by no more.
+    assert (squared_distance(source, target, maps) < RANK_TOLERANCE**2 * size).all()

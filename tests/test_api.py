@@ -336,3 +336,85 @@ def test_the_lines_of_the_package_docstring_run(checkpoints, tmp_path, monkeypat
     (tmp_path / "tuned").rename(tmp_path / "old-tuned")
     exec(compile(program, "docstring", "exec"), {"jt": jt})
     assert_same(jt.load("new-tuned").params, jt.transport(*checkpoints).params)
+
+
+def test_fresh_zeros_and_dead_gains_never_blow_up_what_is_written():
+    """Zero biases say nothing about a match; nothing behind a gain of zero is read, so nothing is written there."""
+    config = small_vit()
+    source = noisy(fresh(config, 0), 1)
+    tuned = noisy(source, 2)
+    target = fresh(config, 3)  # every bias zero
+    target["block_0"]["norm1"]["scale"] = np.zeros_like(target["block_0"]["norm1"]["scale"])
+    largest = max(np.abs(leaf).max() for leaf in tree.flatten(target).values())
+    for method in ("full", "auto"):
+        carried = jt.transport(source, tuned, target, config=config, method=method).params
+        assert max(np.abs(leaf).max() for leaf in tree.flatten(carried).values()) < 10 * largest
+
+
+def test_two_equal_units_in_a_head_give_no_map_that_blows_up():
+    config = small_vit()
+    source, target = noisy(fresh(config, 0), 1), noisy(fresh(config, 1), 2)
+    for params, name in ((source, "q"), (target, "k")):
+        kernel = params["block_0"]["attn"][name]["kernel"]
+        kernel[..., 1] = kernel[..., 0]
+        params["block_0"]["attn"][name]["bias"][..., 1] = params["block_0"]["attn"][name]["bias"][..., 0]
+    tuned = noisy(source, 3)
+    step = max(np.abs(leaf).max() for leaf in tree.flatten(tree.task_vector(source, tuned)).values())
+    moved = jt.transport(source, tuned, target, config=config, method="full").prepared.task_vector
+    assert max(np.abs(leaf).max() for leaf in tree.flatten(moved).values()) < 100 * step
+
+
+def test_auto_falls_back_where_weights_cannot_be_folded():
+    config = small_vit(head_bias=False)
+    source, target = noisy(fresh(config, 0), 1), noisy(fresh(config, 1), 2)
+    source["final_norm"]["scale"][0] = 0.0  # before a head without a bias
+    info = jt.transport(source, noisy(source, 3), target, config=config).prepared.info
+    assert info["chosen"] == "permutation"
+    assert "final_norm/scale" in info["full_refused"]
+
+
+def test_half_precision_bases_are_judged_in_full(tmp_path):
+    config = small_vit()
+    trees = {"old": noisy(fresh(config, 0), 1), "new": noisy(fresh(config, 1), 2)}
+    trees["tuned"] = noisy(trees["old"], 3)
+    paths = {}
+    for name, params in trees.items():
+        half = tree.map_leaves(lambda _, leaf: leaf.astype(np.float16), params)
+        paths[name] = jt.save(tmp_path / name, half, config=registry.config_to_dict(config))
+    result = jt.transport(paths["old"], paths["tuned"], paths["new"], method="full")  # paths are models too
+    assert result.equivalence.is_exact
+
+
+def test_a_config_that_contradicts_the_checkpoints_is_refused(tmp_path):
+    config, other = small_vit(), small_vit(activation="relu")
+    path = jt.save(tmp_path / "model", fresh(config, 0), config=registry.config_to_dict(config))
+    with pytest.raises(ConfigError, match="Leave config= out"):
+        jt.align(path, path, config=other)
+
+
+def test_what_is_no_tree_is_refused_by_what_it_is(tmp_path):
+    config = small_vit()
+    path = jt.save(tmp_path / "model", fresh(config, 0), config=registry.config_to_dict(config))
+    model = jt.load(path)
+    with pytest.raises(TreeMismatchError, match=r"take its \.params"):
+        jt.task_vector(model, model)
+    with pytest.raises(TreeMismatchError, match="w: expected an array, got list"):
+        jt.task_vector({"w": [1.0]}, {"w": [2.0]})
+    assert jt.symmetry_of(model.config).groups == jt.symmetry_of(config).groups
+    assert "Carries what fine-tuning added" in jt.transport.__doc__
+    with pytest.raises(ConfigError, match="max_sweeps"):
+        jt.align(path, path, max_sweeps=0)
+
+
+def small_vit(**changes):
+    sizes = dict(image_size=8, patch_size=4, width=16, depth=2, num_heads=2, mlp_width=24, num_outputs=5, channels=1)
+    return vit.Config(**{**sizes, **changes})
+
+
+def fresh(config, seed):
+    return tree.map_leaves(lambda _, leaf: np.array(leaf), registry.init(jax.random.key(seed), config))
+
+
+def noisy(params, seed):
+    draw = np.random.default_rng(seed)
+    return tree.map_leaves(lambda _, x: (x + 0.05 * draw.normal(size=x.shape)).astype(np.float32), params)

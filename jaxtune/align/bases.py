@@ -6,8 +6,11 @@ import numpy as np
 
 from jaxtune.symmetry.linear import fix_ones
 
-# Directions in which a head does nothing (relative to its strongest) cannot be balanced and are left alone.
-RANK_TOLERANCE = 1e-6
+# Directions in which a side does (almost) nothing, relative to its strongest, cannot be balanced and are left
+# alone. Gram matrices of float32 products know singular values to 3e-4 of the largest and no better.
+RANK_TOLERANCE = 1e-3
+# A map worse conditioned than this would blow up whatever a fine-tune changed along its weak directions.
+MAX_CONDITION = 1e3
 
 
 def polar_factor(matrix: np.ndarray) -> np.ndarray:
@@ -81,9 +84,9 @@ def solve_inside(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The map inside each head that brings the source's two sides closest to the target's.
 
-    Minimises `|X_A g - X_B|^2 + |Y_A g^-T - Y_B|^2` over four candidates and keeps the best for each head:
-    the current map, no map, the best rotation, and the rotation between the balanced sides. The last is
-    exact whenever the two heads are one circuit in two bases.
+    Minimises `|X_A g - X_B|^2 + |Y_A g^-T - Y_B|^2` over three candidates and keeps the best for each head:
+    the current map, the best rotation, and the rotation between the balanced sides. The last is exact where the
+    two heads are one circuit of full rank in two bases. Maps of a condition above 1000 are not considered.
 
     Args:
         cross: `X_A^T X_B` and `Y_A^T Y_B`.
@@ -102,12 +105,12 @@ def solve_inside(
     turned = _t(source.forward) @ x @ target.forward + source.backward @ y @ _t(target.backward)
     candidates = [
         np.asarray(current, np.float64),
-        np.broadcast_to(np.eye(x.shape[-1]), x.shape),
         polar_factor(x + y),
         source.forward @ polar_factor(turned) @ target.backward,
     ]
     scores = np.stack([inside_objective(g, cross, source.grams) for g in candidates])
-    scores = np.where(np.isfinite(scores), scores, -np.inf)
+    usable = np.isfinite(scores) & (np.stack([np.linalg.cond(g) for g in candidates]) < MAX_CONDITION)
+    scores = np.where(usable, scores, -np.inf)
     best = np.argmax(scores, axis=0)
     heads = np.arange(len(best))
     return np.stack(candidates)[best, heads], scores[best, heads]

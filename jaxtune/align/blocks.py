@@ -32,8 +32,9 @@ class Problem:
     Attributes:
         spec: Symmetry of both.
         target, source: Flat trees on the device.
-        weights: Factor of each matched leaf.
+        weights: Factor of each matched leaf that is not zero.
         mass: `weight * |target| * |source|` of each matched leaf: the most it can contribute.
+        squares: `|source|^2` of each matched leaf.
         blocks: Block -> its leaves.
         owners: Leaf -> blocks that move it.
         head_cost: How the order of heads is proposed: "exact", "circuit" or "spectral".
@@ -44,6 +45,7 @@ class Problem:
     source: Mapping[str, Any]
     weights: Weights
     mass: Mapping[str, float]
+    squares: Mapping[str, float]
     blocks: Mapping[str, tuple[str, ...]]
     owners: Mapping[str, frozenset[str]]
     head_cost: str
@@ -55,7 +57,7 @@ class Problem:
         total = 0.0
         for path, weight in self.weights.items():
             product, square = leaf_product(self.spec, element, path, self.target[path], self.source[path])
-            total += weight * (product - 0.5 * (square - float(jnp.vdot(self.source[path], self.source[path]))))
+            total += weight * (product - 0.5 * (square - self.squares[path]))
         return total
 
     def spectral_order(self, head: str) -> np.ndarray:
@@ -88,14 +90,21 @@ def make_problem(
             large leaf drowns the others.
     """
     matched = [path for path in spec.axes if path not in spec.unmatched]
-    norms = {path: max(_norm(target[path]) * _norm(source[path]), np.finfo(np.float32).tiny) for path in matched}
-    weights = {path: 1.0 if weighting == "plain" else 1.0 / norms[path] for path in matched}
+    norms = {path: _norm(target[path]) * _norm(source[path]) for path in matched}
+    # A leaf of zeros (a fresh bias) says nothing, whatever it is divided by.
+    weights = {path: 1.0 if weighting == "plain" else 1.0 / norms[path] for path in matched if norms[path] > 0}
+    identity = elements.identity(spec)
+    source_on_device = {path: jnp.asarray(leaf) for path, leaf in source.items()}
     return Problem(
         spec=spec,
         target={path: jnp.asarray(leaf) for path, leaf in target.items()},
-        source={path: jnp.asarray(leaf) for path, leaf in source.items()},
+        source=source_on_device,
         weights=weights,
-        mass={path: weights[path] * norms[path] for path in matched},
+        mass={path: weights[path] * norms[path] for path in weights},
+        squares={
+            path: leaf_product(spec, identity, path, source_on_device[path], source_on_device[path])[1]
+            for path in weights
+        },
         blocks={
             name: tuple(dict.fromkeys(path for path, _ in spec.leaves_of(name)))  # children share them
             for name, group in spec.groups.items()

@@ -132,6 +132,11 @@ def judge_lineage(cosine: dict[str, Any], residual: dict[str, float]) -> Lineage
     return Lineage("unrelated", False, numbers)
 
 
+def measure_residual(spec: Spec, target: Params, moved: Params) -> float:
+    """`||target - moved|| / ||target||` over the matched leaves."""
+    return _tally(spec, target, moved).residual()
+
+
 def stream_coherence(spec: Spec, element: Element) -> float:
     """Share of channels on which consecutive junctions of the stream agree; 1 for one shared order."""
     orders = [np.asarray(element[name]) for name in spec.junctions]
@@ -153,19 +158,19 @@ class _Tally:
     """Sums of products and squares by block."""
 
     def __init__(self):
-        self.sums = {}  # block -> [<a, b>, <a, a>, <b, b>] over leaves with two axes or more
-        self.all = np.zeros(3)  # the same over every matched leaf
+        self.sums = {}  # block -> [<a, b>, <a, a>, <b, b>, <a - b, a - b>] over leaves with two axes or more
+        self.all = np.zeros(4)  # the same over every matched leaf
 
     def cosine(self, block=None):
-        product, ours, theirs = self.sums[block] if block else sum(self.sums.values(), np.zeros(3))
+        product, ours, theirs, _ = self.sums[block] if block else sum(self.sums.values(), np.zeros(4))
         return float(product / max(np.sqrt(ours * theirs), np.finfo(np.float64).tiny))
 
     def objective(self):
         return float(self.all[0])
 
     def residual(self):
-        product, ours, theirs = self.all
-        return float(np.sqrt(max(ours - 2 * product + theirs, 0.0) / max(ours, np.finfo(np.float64).tiny)))
+        _, ours, _, apart = self.all
+        return float(np.sqrt(apart / ours)) if ours else float(apart > 0)
 
     def blocks(self):
         return list(self.sums)
@@ -177,9 +182,9 @@ def _tally(spec, target, moved):
         if path in spec.unmatched:
             continue
         a, b = np.asarray(leaf, np.float32).ravel(), np.asarray(moved[path], np.float32).ravel()
-        row = np.array([np.dot(a, b), np.dot(a, a), np.dot(b, b)], np.float64)
+        row = np.array([np.dot(a, b), np.dot(a, a), np.dot(b, b), np.dot(a - b, a - b)], np.float64)
         tally.all += row
         if np.ndim(leaf) >= 2:
             block = block_of(path)
-            tally.sums[block] = tally.sums.get(block, np.zeros(3)) + row
+            tally.sums[block] = tally.sums.get(block, np.zeros(4)) + row
     return tally

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtune.align.assignment import score_of, solve_assignment, solve_assignments
 from jaxtune.align.heads import head_leaves, spectral_scores
 from jaxtune.align.products import slot_scores, unit_scores
-from jaxtune.errors import unknown_name
+from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
 from jaxtune.symmetry.spec import Spec
@@ -80,6 +80,7 @@ def match_transfusion(
         SpecError: the trees do not fit `spec`.
         NonFiniteError: a leaf holds NaN or Inf.
         UnknownNameError: no such `order`.
+        ConfigError: `max_sweeps` below 1.
 
     Reference:
         Rinaldi et al. 2025, arXiv:2505.22697, Algorithm 1 and its released code. Attention biases never
@@ -87,6 +88,8 @@ def match_transfusion(
     """
     if order not in ORDERS:
         raise unknown_name("order", order, ORDERS)
+    if max_sweeps < 1:
+        raise ConfigError(f"max_sweeps={max_sweeps}: expected at least 1.")
     check_same({"target": target, "source": source})
     spec.check(target)
     check_finite("target", target)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxtune.align.blocks import Problem, make_problem, solve_block
-from jaxtune.errors import unknown_name
+from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
 from jaxtune.symmetry.spec import Spec
@@ -30,7 +30,8 @@ class MatchResult:
     """An element and how it was found.
 
     Attributes:
-        element: Group -> int32[n]; entry i is the source unit that lands at position i.
+        element: Group -> value of its kind; of a permutation int32[n], where entry i is the source unit that
+            lands at position i.
         objective: Inner product of target and moved source over the matched leaves; no unit.
         objective_of_identity: The same without moving anything.
         is_converged: False where `max_sweeps` ended the best search.
@@ -91,6 +92,7 @@ def match_weights(
         SpecError: the trees do not fit `spec`.
         NonFiniteError: a leaf holds NaN or Inf.
         UnknownNameError: no such `head_cost` or `weighting`.
+        ConfigError: `max_sweeps` below 1 or `num_restarts` below 0.
 
     Reference:
         Ainsworth et al. 2023, arXiv:2209.04836, Algorithm 1; head costs from TransFusion,
@@ -101,6 +103,8 @@ def match_weights(
         raise unknown_name("head cost", head_cost, HEAD_COSTS)
     if weighting not in WEIGHTINGS:
         raise unknown_name("weighting", weighting, WEIGHTINGS)
+    if max_sweeps < 1 or num_restarts < 0:
+        raise ConfigError(f"max_sweeps={max_sweeps}, num_restarts={num_restarts}: at least 1, and at least 0.")
     check_same({"target": target, "source": source})
     spec.check(target)
     check_finite("target", target)

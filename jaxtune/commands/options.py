@@ -69,7 +69,7 @@ def _convert(name, text, default):
         return text
     try:
         value = json.loads(text.lower()) if isinstance(default, bool) else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval may raise
         value = text
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -41,7 +41,7 @@ class Row:
         name: Method or control.
         task: Accuracy on held-out handwritten digits.
         support: Accuracy on held-out drawn glyphs, what the base was trained for.
-        recovered: `(task - base) / (ceiling - base)`.
+        recovered: `(task - base) / (ceiling - base)`; None where there is nothing to recover.
         seconds: Of preparing the transport.
     """
 
@@ -178,7 +178,7 @@ def _fill_recovered(rows, target):
     ours = [row for row in rows if row.target == target]
     base, ceiling = (next(row.task for row in ours if row.kind == kind) for kind in ("base", "ceiling"))
     for row in ours:
-        row.recovered = (row.task - base) / (ceiling - base)
+        row.recovered = (row.task - base) / (ceiling - base) if ceiling != base else None
 
 
 def _measure(config, params, source: DataSource, limit: int | None = None) -> Metrics:

@@ -66,7 +66,7 @@ def config_from_dict(values: Mapping[str, Any]) -> Any:
     if "model_type" not in values:
         raise ConfigError(f'the config has no "model_type", which says what network it describes. Known: {known}.')
     model_type = values["model_type"]
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"unknown model_type {model_type!r}. Known: {known}. "
             "Checkpoints of the Hugging Face families are not read yet."
@@ -115,6 +115,8 @@ def symmetry_of(config: Any, **options: Any) -> Spec:
         UnknownNameError: another value of an option.
         ConfigError: an option that the family does not have.
     """
+    if isinstance(config, Mapping):
+        config = config_from_dict(config)
     model_type, family = _find(config)
     known = inspect.signature(family.symmetry).parameters
     for option, value in options.items():

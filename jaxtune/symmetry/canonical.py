@@ -137,6 +137,7 @@ def unfold(spec: Spec, vector: Params, base: Params) -> Unfolded:
         gain, offset = own[norm.scale], own[norm.bias]
         floor = GAIN_FLOOR * np.median(np.abs(gain))
         divisor = np.where(np.abs(gain) < floor, np.where(gain < 0, -floor, floor), gain)
+        divisor = np.where(gain == 0, np.inf, divisor)  # nothing behind a dead gain is ever read
         if _keeps_offset(norm):
             result[norm.bias] = gain * change[norm.bias]
         for reader in norm.readers:

@@ -26,7 +26,7 @@ def identity(spec: Spec) -> dict[str, Any]:
 
 
 def random(key: jax.Array, spec: Spec) -> dict[str, Any]:
-    """An element drawn uniformly; each group's draw depends on `key` and the group's name alone."""
+    """An element drawn at random (see the kinds); each group's draw depends on `key` and the group's name alone."""
     return {
         name: kind_of(group).draw(named_key(key, name), group.size, spec.count_of(name))
         for name, group in spec.groups.items()

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Group:
-    """One freedom of the network: the order (later: the basis) of one set of units.
+    """One freedom of the network: the order or the basis of one set of units.
 
     Attributes:
         name: Path-like and unique, for instance "block_0/attn/head".
@@ -32,7 +32,7 @@ class Kind:
 
     Attributes:
         identity: (size, count) -> element.
-        draw: (key, size, count) -> element, uniform over the kind.
+        draw: (key, size, count) -> element; uniform over the kind where it is compact.
         act: (element, leaf, axis, parent_axis, dual) -> leaf. A parent, if any, acted before.
         compose: (second, first, second_parent) -> the element that acts as `first`, then `second`.
         invert: (element, parent) -> element.

@@ -12,6 +12,10 @@ from jaxtune.symmetry.groups import Kind
 TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-8}
 
 
+def _tolerance(matrix):
+    return TOLERANCE.get(matrix.dtype, TOLERANCE[np.dtype(np.float32)])
+
+
 def fix_ones(size: int) -> np.ndarray:
     """Orthonormal basis whose first vector is the normalised ones vector: float64[n, n], symmetric."""
     ones = np.full(size, size**-0.5)
@@ -113,7 +117,7 @@ def _check_orthogonal(matrix, size, count):
         return complaint
     matrix = np.asarray(matrix)
     error = np.abs(np.swapaxes(matrix, -1, -2) @ matrix - np.eye(size)).max()
-    return f"not orthogonal: G^T G is {error:.1e} from I" if error > TOLERANCE[matrix.dtype] else None
+    return f"not orthogonal: G^T G is {error:.1e} from I" if error > _tolerance(matrix) else None
 
 
 def _check_centred_orthogonal(matrix, size, count):
@@ -122,7 +126,7 @@ def _check_centred_orthogonal(matrix, size, count):
         return complaint
     matrix = np.asarray(matrix)
     error = np.abs(matrix.sum(axis=-2) - 1).max()
-    return f"moves the ones vector by {error:.1e}" if error > TOLERANCE[matrix.dtype] else None
+    return f"moves the ones vector by {error:.1e}" if error > _tolerance(matrix) else None
 
 
 # Element of all three: float[n, n], or float[parent, n, n].

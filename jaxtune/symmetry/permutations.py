@@ -1,4 +1,4 @@
-"""Orders of units, plain, signed and scaled: how each is drawn, acts on an axis, composes and inverts.
+"""Orders of units: how one is drawn, acts on an axis, composes and inverts.
 
 Elements of units inside a head carry the head's slot as their first axis.
 """

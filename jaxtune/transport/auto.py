@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from jaxtune.align.evidence import judge_match
+from jaxtune.align.evidence import judge_match, measure_residual
+from jaxtune.errors import SpecError
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
 from jaxtune.transport.full import prepare_full
@@ -30,20 +31,25 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
     """
     permuted = prepare_permutation(named_key(key, "permutation"), symmetry, source, finetuned, target)
     evidence = judge_match(named_key(key, "evidence"), permuted.spec, target, source, permuted.element)
-    lineage, residuals = evidence.lineage, {}
+    lineage, residuals, refused = evidence.lineage, {}, None
     if lineage.verdict != "unrelated" and lineage.is_in_place:
         chosen, name = prepare_identity(key, symmetry, source, finetuned, target), "identity"
     elif permuted.spec.form is None or lineage.verdict == "same":
         chosen, name = permuted, "permutation"
     else:
-        full = prepare_full(named_key(key, "full"), symmetry, source, finetuned, target)
-        ours, theirs = full.fold(target), full.fold(source)
-        judged = judge_match(named_key(key, "full evidence"), full.spec, ours, theirs, full.element)
-        moved = full.fold(elements.apply(permuted.spec, permuted.element, source))
-        as_permuted = judge_match(named_key(key, "full evidence"), full.spec, ours, moved, elements.identity(full.spec))
-        residuals = {"permutation": as_permuted.residual["identity"], "full": judged.residual["found"]}
-        chosen, name = (full, "full") if residuals["full"] < residuals["permutation"] else (permuted, "permutation")
-        if judged.lineage.verdict != "unrelated":
-            lineage = judged.lineage
-    info = {"chosen": name, "because": dataclasses.asdict(lineage), "residuals": residuals}
+        chosen, name = permuted, "permutation"
+        try:
+            full = prepare_full(named_key(key, "full"), symmetry, source, finetuned, target)
+        except SpecError as error:  # weights that cannot be folded, as behind a gain of exactly zero
+            refused = str(error)
+        else:
+            ours, theirs = full.fold(target), full.fold(source)
+            judged = judge_match(named_key(key, "full evidence"), full.spec, ours, theirs, full.element)
+            moved = full.fold(elements.apply(permuted.spec, permuted.element, source))
+            residuals = {"permutation": measure_residual(full.spec, ours, moved), "full": judged.residual["found"]}
+            if residuals["full"] < residuals["permutation"]:
+                chosen, name = full, "full"
+            if judged.lineage.verdict != "unrelated":
+                lineage = judged.lineage
+    info = {"chosen": name, "because": dataclasses.asdict(lineage), "residuals": residuals, "full_refused": refused}
     return dataclasses.replace(chosen, info={**chosen.info, **info})
