@@ -39,5 +39,5 @@ setup(
         "tfds": TFDS,
         "dev": [*REPORT, *TFDS, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5", "scikit-learn>=1.5"],
     },
-    entry_points={"console_scripts": ["jaxtune=jaxtune.cli:main"]},
+    entry_points={"console_scripts": ["jaxtune=jaxtune.cli:run_program"]},
 )

@@ -1,7 +1,5 @@
 """`python -m jaxtune` is the program `jaxtune`."""
 
-import sys
+from jaxtune.cli import run_program
 
-from jaxtune.cli import main
-
-sys.exit(main())
+run_program()

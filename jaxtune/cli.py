@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from jaxtune.errors import JaxtuneError
 from jaxtune.version import __version__
@@ -84,6 +85,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run_program() -> NoReturn:
+    """`main` as a process: what the console script runs."""
+    code = main()
+    if code == INTERRUPTED:
+        # What was half done is cleaned up. JAX, stopped in the middle of a compilation, can crash on its way out,
+        # and the caller must see the code of an interrupt and not that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
@@ -136,4 +149,4 @@ def _add_overwrite(command):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program()
