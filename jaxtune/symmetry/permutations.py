@@ -16,9 +16,10 @@ def _identity_permutation(size, count):
 def _draw_permutation(key, size, count):
     import jax
 
-    draw = lambda key: jax.random.permutation(key, size)  # noqa: E731
-    order = draw(key) if count is None else jax.vmap(draw)(jax.random.split(key, count))
-    return np.asarray(order, np.int32)
+    if count is None:
+        return np.asarray(jax.random.permutation(key, size), np.int32)
+    orders = jax.vmap(jax.random.permutation, in_axes=(0, None))(jax.random.split(key, count), size)
+    return np.asarray(orders, np.int32)
 
 
 def _act_by_permutation(order, leaf, axis, parent_axis, dual):
