@@ -227,7 +227,7 @@ def _settle_config(path, configs, given):
     if not parsed and given is None:
         raise CheckpointError(
             f"{path}: no config: there is no {CONFIG_NAME}, and none inside the file. "
-            f"Put {CONFIG_NAME} beside the weights, or pass config= to jaxtune.load."
+            f"Put {CONFIG_NAME} beside the weights, or pass config= to jaxtune.load (--config on the command line)."
         )
     (first, config), *others = parsed.items() if parsed else [("", {})]
     for where, other in others:
