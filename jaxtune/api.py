@@ -19,6 +19,7 @@ from jaxtune.align.registry import METHODS as ALIGN_METHODS
 from jaxtune.align.registry import find_element
 from jaxtune.align.weights import match_weights
 from jaxtune.checkpoint import Checkpoint, load
+from jaxtune.data.source import open_source
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
 from jaxtune.evaluate.equivalence import Equivalence, check_equivalence
@@ -212,13 +213,21 @@ def interpolate(first: Model, second: Model, weight: float = 0.5) -> dict[str, A
 def evaluate(model: Model, source: Any, *, config: Any = None, **options: Any) -> Metrics:
     """Accuracy and loss of a model on a data source; options as `evaluate_classifier` takes them.
 
+    Args:
+        model: What is measured.
+        source: A data source, or a name for `data.open_source`, whose test split is taken.
+        config: Architecture of a bare tree.
+        **options: `embeddings` for a frozen read-out, `batch_size`, `top_k`.
+
     Raises:
         ConfigError: the architecture is unknown.
-        DataError: the source is empty or does not fit the model.
+        DataError: the source is missing, is empty or does not fit the model.
     """
     models, config = _open({"model": model}, config)
     if config is None:
         raise ConfigError("pass config= (a model config or its dict): a bare tree does not say what it computes.")
+    if isinstance(source, str | Path):
+        source = open_source(str(source), "test")
     return evaluate_classifier(config, models["model"], source, **options)
 
 

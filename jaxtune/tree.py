@@ -212,11 +212,6 @@ def count_parameters(params: Params) -> int:
     return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in flatten(params).values())
 
 
-def to_numpy(params: Params) -> dict[str, Any]:
-    """The same tree on the host."""
-    return map_leaves(lambda _, leaf: np.asarray(leaf), params)
-
-
 def _wide_dtype(*leaves):
     return np.float64 if any(np.dtype(leaf.dtype) == np.float64 for leaf in leaves) else np.float32
 

@@ -418,3 +418,13 @@ def fresh(config, seed):
 def noisy(params, seed):
     draw = np.random.default_rng(seed)
     return tree.map_leaves(lambda _, x: (x + 0.05 * draw.normal(size=x.shape)).astype(np.float32), params)
+
+
+def test_evaluate_takes_the_name_of_a_source():
+    config = vit.Config(
+        image_size=28, patch_size=14, width=8, depth=1, num_heads=1, mlp_width=8, num_outputs=10, channels=1
+    )
+    metrics = jt.evaluate(fresh(config, 0), "digits", config=config)
+    assert metrics.num_examples == 359
+    with pytest.raises(DataError, match=r"nowhere\.npz"):
+        jt.evaluate(fresh(config, 0), "nowhere.npz", config=config)

@@ -15,7 +15,7 @@ import pytest
 import jaxtune as jt
 from jaxtune import symmetry, tree
 from jaxtune.cli import main
-from jaxtune.models import registry, vit
+from jaxtune.models import mlp, registry, vit
 
 CONFIG = vit.Config(
     image_size=8, patch_size=4, width=16, depth=2, num_heads=2, mlp_width=24, num_outputs=10, channels=1
@@ -144,6 +144,15 @@ def test_a_plan_reads_and_writes_nothing(models, run, tmp_path):
     assert code == 0
     assert "peak memory" in out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["full", "transfusion"])
+def test_a_plan_refuses_a_method_that_the_family_has_no_symmetry_for(method, run, tmp_path):
+    config = mlp.Config(image_shape=(4, 4, 1), widths=(8,), num_outputs=3)
+    models = {name: save(tmp_path / name, init(0, config), config) for name in ("old", "tuned", "other")}
+    code, _, err = run(*transport(models, tmp_path / "out"), "--plan", "--method", method)
+    assert code == 2
+    assert "permutation" in err
 
 
 def test_align_writes_the_element_and_the_moved_source(models, run, tmp_path):

@@ -205,7 +205,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 
 
 def test_batch_norm_statistics_move_outside_the_optimiser(tmp_path):
-    start = tree.flatten(tree.to_numpy(init(jax.random.key(0), RESNET)))
+    start = tree.flatten(jax.tree.map(np.asarray, init(jax.random.key(0), RESNET)))
     state = run(tmp_path, PlantedBatches(scale=3.0), config=RESNET, num_steps=4).state
     statistics = [path for path in start if not registry.is_trainable(RESNET, path)]
     assert len(statistics) == 18  # mean and var of the stem, of two norms in each of 3 blocks, of 2 shortcuts

@@ -56,7 +56,7 @@ def test_every_projection_of_a_block_has_factors_and_nothing_else(key, base):
 
 def test_the_merged_forward_is_the_forward_through_the_factors(base, factors):
     """float64 NumPy on both sides of the law, head by head, so that no reshape is shared with the code."""
-    merged = tree.to_numpy(merge_lora(base, factors, scale=0.5))
+    merged = jax.tree.map(np.asarray, merge_lora(base, factors, scale=0.5))
     x = np.random.default_rng(1).normal(size=(7, WIDTH))
     attn, merged_attn = base["block_0"]["attn"], merged["block_0"]["attn"]
     for name in "qkv":

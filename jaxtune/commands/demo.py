@@ -8,6 +8,7 @@ from jaxtune.checkpoint.output import write_extra_files
 from jaxtune.checkpoint.publish import publish
 from jaxtune.demo.models import copy_models, load_embedded, train_from_scratch
 from jaxtune.demo.story import SCALES, TARGETS, WEIGHTS, Story, num_stages, tell_story
+from jaxtune.interpolate.barrier import measure_barrier
 from jaxtune.report.evidence import evidence_section
 from jaxtune.report.page import Section, render_page
 from jaxtune.report.plots import plot_bars, plot_lines
@@ -126,7 +127,13 @@ def _page(story: Story, report):
             x_label="weight of the new base",
             y_label="loss, nats",
         )
-        sections.append(Section(f"Carried to {words}", [], COLUMNS, _table_rows(story, target), [bars, sweep, line]))
+        barriers = [
+            f"{name} {measure_barrier(WEIGHTS, losses).height:.2f}" for name, losses in story.lines[target].items()
+        ]
+        barrier_words = f"Barrier on the line from the old base, in nats: {', '.join(barriers)}."
+        sections.append(
+            Section(f"Carried to {words}", [barrier_words], COLUMNS, _table_rows(story, target), [bars, sweep, line])
+        )
         for part in evidence_section(evidence.as_dict(), None):
             sections.append(dataclasses.replace(part, title=f"{part.title}: {words}"))
     return render_page("jaxtune demo", sections)

@@ -11,10 +11,12 @@ from jaxtune.api import check_same_architecture
 from jaxtune.commands.measure import measure_on, open_data
 from jaxtune.commands.options import describe_inputs, load_models, parse_options, read_config, refuse_output
 from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.models import registry
 from jaxtune.report.evidence import ADVICE, evidence_rows, evidence_section
 from jaxtune.report.page import Section, render_page
 from jaxtune.report.run import Run, describe_host, to_json
 from jaxtune.report.table import count_bytes, percent, render_table
+from jaxtune.symmetry.canonical import canonical_spec
 from jaxtune.transport.registry import METHODS
 from jaxtune.tree import check_same, count_parameters, flatten, is_float
 
@@ -42,6 +44,7 @@ def run(arguments) -> None:
         config = check_same_architecture(models)
         check_same({role: model.params for role, model in models.items()})
     if arguments.plan:
+        _check_symmetry(config, arguments.method)
         print(_plan(models, arguments.method))
         return
     data = {name: open_data(getattr(arguments, name), config) for name in ("evaluate", "support")}
@@ -167,6 +170,14 @@ def _page(report):
     inputs = [{"role": role, "path": row["path"], "format": row["format"]} for role, row in report["inputs"].items()]
     sections.append(Section("Inputs", [], {"role": "role", "path": "path", "format": "format"}, inputs))
     return render_page("jaxtune transport", sections)
+
+
+def _check_symmetry(config, method):
+    """Raises what the method would raise about this family, before any weight is read."""
+    if method == "full":
+        canonical_spec(registry.symmetry_of(config))
+    if method == "transfusion":
+        registry.symmetry_of(config, junctions="each", inside="joint")
 
 
 def _plan(models, method):
