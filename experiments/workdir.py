@@ -56,6 +56,11 @@ class Workdir:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if any((path / CHECKPOINTS_NAME).glob("*")):
+                if not (path / MANIFEST_NAME).exists():
+                    raise OutputError(
+                        f"{path} holds checkpoints and no {MANIFEST_NAME}, so nothing says which run they are of. "
+                        "Name another --workdir."
+                    )
                 self._check_owner(json.loads((path / MANIFEST_NAME).read_text()))
             else:
                 write_manifest(path, **self._facts)
@@ -69,9 +74,13 @@ class Workdir:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Marks the run as finished."""
-        temporary = self.path / f"{RESULT_NAME}.tmp"
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, self.path / RESULT_NAME)
+        self.publish_text(RESULT_NAME, json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+    def publish_text(self, name: str, text: str) -> None:
+        """Writes the file `name`, whole or not at all."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
 
     def publish(self, name: str, write: Callable[[Path], None], *, inputs: Iterable[Path] = ()) -> None:
         """Makes the subfolder `name` out of what `write(folder)` leaves, with a manifest, whole or not at all."""

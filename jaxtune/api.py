@@ -28,6 +28,7 @@ from jaxtune.interpolate.line import interpolate_linear
 from jaxtune.models import registry
 from jaxtune.rng import named_key
 from jaxtune.symmetry import Spec
+from jaxtune.transport.expectation import expect_recovery
 from jaxtune.transport.prepared import Prepared, Symmetry, apply_transport
 from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
 from jaxtune.transport.registry import prepare_transport
@@ -73,12 +74,15 @@ class Transport:
         equivalence: Outputs of the source and of the moved source compared; None where nothing moved, without
             a config, or where no network of the family can hold the moved source (`full` on a tower with an
             entry norm).
+        expected: Share of the fine-tuning gain that such a residual let arrive on the ladder of base pairs, (low,
+            high) at scale 1, see `transport.expectation`; None without evidence.
     """
 
     params: dict[str, Any]
     prepared: Prepared
     evidence: MatchEvidence | None
     equivalence: Equivalence | None
+    expected: tuple[float, float] | None = None
 
 
 def align(
@@ -101,7 +105,7 @@ def align(
         method: A key of `jaxtune.align.registry.METHODS`.
         seed: Of every random choice.
         **options: The method's own; transformers also take `junctions` ("shared" or "each") and `inside`
-            ("separate" or "joint"), which choose the spec.
+            ("separate" or "joint"), perceptrons and ResNets `scales` ("fixed" or "free"), which choose the spec.
 
     Raises:
         ConfigError: the architecture is unknown, or the two differ in it.
@@ -191,12 +195,10 @@ def transport(
         evidence = judge_match(named_key(key, "evidence"), spec, ours, theirs, element)
     params = apply_transport(prepared, target, scale)
     check_finite("the result", params)
-    return Transport(
-        params=params,
-        prepared=prepared,
-        evidence=evidence,
-        equivalence=equivalence,
-    )
+    expected = None
+    if evidence is not None:
+        expected = expect_recovery(evidence.residual["identity" if prepared.element is None else "found"])
+    return Transport(params, prepared, evidence, equivalence, expected)
 
 
 def interpolate(first: Model, second: Model, weight: float = 0.5) -> dict[str, Any]:

@@ -14,6 +14,7 @@ CONFIGS = {
     "mlp_residual": mlp.Config(
         image_shape=(4, 4, 3), widths=(11, 13, 7), num_outputs=5, activation="gelu", residual=True
     ),
+    "mlp_tanh": mlp.Config(image_shape=(4, 4, 3), widths=(17, 13), num_outputs=5, activation="tanh"),
     "resnet": resnet.Config(num_outputs=5, depth=14),
     "vit": vit.Config(**SIZES),
     "vit_relu": vit.Config(**SIZES, activation="relu", stream_norm=True, norm_eps=1e-5),

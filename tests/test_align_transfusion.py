@@ -11,7 +11,8 @@ from jaxtune.align.transfusion import ORDERS, match_transfusion
 from jaxtune.errors import UnknownNameError
 
 KEY = jax.random.key(0)
-PUBLISHED = {"repair_stop": False, "repair_phase": False, "repair_backward": False, "repair_tolerance": False}
+REPAIRS = ("repair_stop", "repair_phase", "repair_backward", "repair_tolerance", "repair_start")
+PUBLISHED = dict.fromkeys(REPAIRS, False)
 ROLES = {"all": ("stream", "head", "inside", "hidden"), "inside": ("inside",), "heads": ("head", "inside")}
 
 

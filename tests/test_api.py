@@ -148,6 +148,17 @@ def test_a_tree_with_its_config_its_dict_or_its_spec_is_a_checkpoint(method, tre
     assert_same(mixed.params, wanted.params)
 
 
+def test_align_finds_scales_when_asked(trees):
+    source = trees[0]
+    spec = jt.symmetry_of(MLP, scales="free")
+    target = symmetry.apply(spec, symmetry.random(jax.random.key(4), spec), source)
+    found = jt.align(source, target, config=MLP, scales="free")
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), found.params, target)
+    assert found.equivalence.is_exact
+    plain = jt.align(source, target, config=MLP)
+    assert plain.evidence.residual["found"] > 0.1 > 100 * found.evidence.residual["found"]
+
+
 def test_align_moves_the_source_onto_a_reordered_copy(trees, checkpoints, tmp_path):
     spec = registry.symmetry_of(MLP)
     planted = symmetry.random(jax.random.key(5), spec)

@@ -1,5 +1,7 @@
 """The declared symmetry of every family is a symmetry of its function, and nothing larger is claimed."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -71,6 +73,66 @@ def test_training_statistics_move_with_their_channels(key, float64):
         symmetry.apply(spec, element, updated),
         moved_updated,
     )
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp_relu_residual", "resnet"])
+def test_scales_behind_relu_leave_the_function_alone(name, key, float64):
+    config = {**CONFIGS, "mlp_relu_residual": replace(CONFIGS["mlp_residual"], activation="relu")}[name]
+    before, after = moved_outputs(key, config, random_params(config), random_batch(config), scales="free")
+    assert difference(before, after) < EXACT64
+
+
+def test_scales_of_channels_pass_through_training_too(key, float64):
+    """A batch's own statistics lie before the gain, so no scale reaches them."""
+    config = CONFIGS["resnet"]
+    params, batch = random_params(config), random_batch(config)
+    spec = registry.symmetry_of(config, scales="free")
+    element = symmetry.random(key, spec)
+    train = jax.jit(resnet.apply_train, static_argnums=0, compiler_options=FAST)
+    before, updated = train(config, params, batch)
+    after, moved_updated = train(config, symmetry.apply(spec, element, params), batch)
+    assert difference(np.asarray(before), np.asarray(after)) < EXACT64
+    for path, leaf in tree.flatten(symmetry.apply(spec, element, updated)).items():
+        np.testing.assert_allclose(tree.flatten(moved_updated)[path], leaf, rtol=1e-9, atol=EXACT64, err_msg=path)
+
+
+ILLEGAL = {
+    "a sign behind relu": (CONFIGS["mlp"], "layer_1/hidden", -1.0),
+    "a scale behind tanh": (CONFIGS["mlp_tanh"], "layer_1/hidden", 2.0),
+    "a sign behind gelu": (CONFIGS["mlp_residual"], "block_0/hidden", -1.0),
+    "a scale behind gelu": (CONFIGS["mlp_residual"], "block_0/hidden", 2.0),
+    "a sign on a channel": (CONFIGS["resnet"], "stage_1_block_0/channel", -1.0),
+    "a sign on a stage": (CONFIGS["resnet"], "stage_1/channel", -1.0),
+}
+
+
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_a_factor_that_the_activation_sees_changes_the_function(name, float64):
+    """Of the kinds that allow the factor, on networks that do not."""
+    config, group, factor = ILLEGAL[name]
+    params, batch, own = random_params(config), random_batch(config), registry.symmetry_of(config)
+    kind = "signed_permutation" if factor < 0 else "scaled_permutation"
+    groups = [replace(g, kind=kind if g.name == group else "permutation") for g in own.groups.values()]
+    axes = {path: tuple(axis and axis.mark for axis in row) for path, row in own.axes.items()}
+    spec = symmetry.make_spec(groups, axes)
+    element = symmetry.identity(spec)
+    element[group][1] = factor
+    moved = symmetry.apply(spec, element, params)
+    assert difference(*(outputs_of(config, p, batch) for p in (params, moved))) > 1e-3
+    with pytest.raises(SpecError, match=f"{group}: expected"):
+        symmetry.check(own, element)
+
+
+def test_scales_of_a_kernel_in_front_of_a_batch_norm_would_be_seen(key, float64):
+    """Why those axes follow the order alone: the running statistics are not scaled."""
+    config = CONFIGS["resnet"]
+    own = registry.symmetry_of(config, scales="free")
+    axes = {path: [axis and axis.mark for axis in row] for path, row in own.axes.items()}
+    axes["stem_conv/kernel"][3] = "stage_0/channel"
+    spec = symmetry.make_spec(own.groups.values(), axes)
+    params, batch = random_params(config), random_batch(config)
+    moved = symmetry.apply(spec, symmetry.random(key, spec), params)
+    assert difference(*(outputs_of(config, p, batch) for p in (params, moved))) > 1e-3
 
 
 class TestJunctions:

@@ -8,7 +8,7 @@ import pytest
 from small_models import CONFIGS, difference, random_batch, random_params, run, shapes_of
 
 from jaxtune import tree
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, UnknownNameError
 from jaxtune.models import mlp
 
 erf = np.vectorize(math.erf)
@@ -21,6 +21,13 @@ def oracle_plain(params, x):
     return x @ params["head"]["kernel"] + params["head"]["bias"]
 
 
+def oracle_tanh(params, x):
+    for index in range(2):
+        layer = params[f"layer_{index}"]
+        x = np.tanh(x @ layer["kernel"] + layer["bias"])
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
 def oracle_residual(params, x):
     x = x @ params["stem"]["kernel"] + params["stem"]["bias"]
     for index in range(2):
@@ -30,7 +37,9 @@ def oracle_residual(params, x):
     return x @ params["head"]["kernel"] + params["head"]["bias"]
 
 
-@pytest.mark.parametrize(("name", "oracle"), [("mlp", oracle_plain), ("mlp_residual", oracle_residual)])
+@pytest.mark.parametrize(
+    ("name", "oracle"), [("mlp", oracle_plain), ("mlp_residual", oracle_residual), ("mlp_tanh", oracle_tanh)]
+)
 def test_it_is_its_formulas(name, oracle):
     config = CONFIGS[name]
     params, batch = random_params(config), random_batch(config)
@@ -67,3 +76,17 @@ def test_without_hidden_layers_it_is_linear_and_has_no_symmetry():
 def test_a_stream_needs_a_width():
     with pytest.raises(ConfigError, match="widths is empty"):
         mlp.Config(image_shape=(2, 2, 1), widths=(), num_outputs=3, residual=True)
+
+
+def test_the_activation_decides_what_a_hidden_unit_may_do():
+    def kinds(name, **options):
+        return {group.kind for group in mlp.symmetry(CONFIGS[name], **options).groups.values()}
+
+    assert kinds("mlp") == kinds("mlp_residual") == {"permutation"}
+    assert kinds("mlp_tanh") == {"signed_permutation"}
+    assert kinds("mlp", scales="free") == {"scaled_permutation"}
+    for name in ("mlp_tanh", "mlp_residual"):
+        with pytest.raises(ConfigError, match=r"needs activation relu.*this config has (tanh|gelu)"):
+            mlp.symmetry(CONFIGS[name], scales="free")
+    with pytest.raises(UnknownNameError, match="Known: fixed, free"):
+        mlp.symmetry(CONFIGS["mlp"], scales="loose")

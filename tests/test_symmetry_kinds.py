@@ -1,6 +1,7 @@
 """Rotations and invertible maps: group laws in float64, and the products that they must keep."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -88,6 +89,9 @@ def test_low_precision_leaves_are_moved_wide_and_rounded_once(spec, params):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float16)), moved, expected)
     traced = jax.jit(lambda tree: symmetry.apply(spec, element, tree))(wide)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), traced, expected)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        on_device = symmetry.apply(spec, element, {path: jnp.asarray(leaf, dtype) for path, leaf in wide.items()})
+        assert {leaf.dtype for leaf in on_device.values()} == {np.dtype(dtype)}
 
 
 def test_illegal_matrices_are_refused(spec):

@@ -9,6 +9,7 @@ import pytest
 from toys import add_noise, toy_transformer
 
 from jaxtune import symmetry, tree
+from jaxtune.align.bases import centred_polar_factor
 from jaxtune.errors import TreeMismatchError, UnknownNameError
 from jaxtune.symmetry import canonical
 from jaxtune.transport.orthogonal_shift import prepare_orthogonal_shift
@@ -103,6 +104,37 @@ def test_auto_stays_among_kin_and_moves_for_a_copy(bases):
     ):
         info = prepare_transport(KEY, toy_symmetry, source, finetuned, target, method="auto").info
         assert (info["chosen"], info["because"]["verdict"]) == (chosen, verdict)
+
+
+def test_auto_tells_a_turned_copy_with_drift_from_noise(bases):
+    """A small rotation of the stream between kin is more than chance, so the full group carries it; noise is not."""
+    source, finetuned = bases
+    spec = toy_symmetry()
+    folded_spec = canonical.canonical_spec(spec)
+    element = symmetry.identity(folded_spec)
+    turn = symmetry.random(jax.random.key(5), folded_spec)["stream"]
+    element["stream"] = centred_polar_factor(np.eye(len(turn)) + 0.5 * turn)
+    turned = symmetry.apply(folded_spec, element, canonical.fold(spec, source))
+    turned = add_noise(canonical.realise(spec, turned, source), 0.1, 3)
+    infos = [
+        prepare_transport(KEY, toy_symmetry, source, finetuned, target, method="auto").info
+        for target in (turned, *(add_noise(source, noise, 6) for noise in (0.05, 0.3, 1.0)))
+    ]
+    assert [info["chosen"] for info in infos] == ["full", "identity", "identity", "identity"]
+    assert {info["because"]["verdict"] for info in infos} == {"related"}
+    assert infos[0]["saved"] > 3 * infos[0]["saved_of_noise"] > 0
+    for info in infos[1:]:  # the search finds something in noise too, and as much of it in the noise drawn to compare
+        assert info["saved"] == pytest.approx(info["saved_of_noise"], rel=0.08)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_fine_tune_moves_along_without_aligning_again(method, bases):
+    source, finetuned = bases
+    other, target = add_noise(source, 0.3, 7), add_noise(source, 0.5, 8)
+    prepared = prepare_transport(KEY, toy_symmetry, source, finetuned, target, method=method)
+    assert_same(prepared.move(finetuned), prepared.task_vector)
+    afresh = prepare_transport(KEY, toy_symmetry, source, other, target, method=method)
+    assert_same(prepared.move(other), afresh.task_vector)
 
 
 def test_transport_commutes_with_scaling_and_sweeps_in_one_vmap(bases):

@@ -109,7 +109,8 @@ def solve_inside(
         source.forward @ polar_factor(turned) @ target.backward,
     ]
     scores = np.stack([inside_objective(g, cross, source.grams) for g in candidates])
-    usable = np.isfinite(scores) & (np.stack([np.linalg.cond(g) for g in candidates]) < MAX_CONDITION)
+    usable = np.isfinite(scores)
+    usable[2] &= np.linalg.cond(candidates[2]) < MAX_CONDITION  # the current map has passed, and a rotation always does
     scores = np.where(usable, scores, -np.inf)
     best = np.argmax(scores, axis=0)
     heads = np.arange(len(best))
@@ -125,12 +126,9 @@ def inside_objective(
     """
     inverse = np.linalg.inv(maps)
     x, y = cross
-    return (
-        np.einsum("hab,hab->h", x, maps)
-        - 0.5 * np.einsum("hab,hac,hcb->h", maps, source[0], maps)
-        + np.einsum("hab,hba->h", y, inverse)
-        - 0.5 * np.einsum("hba,hac,hbc->h", inverse, source[1], inverse)
-    )
+    products = np.sum(x * maps, axis=(1, 2)) + np.sum(y * _t(inverse), axis=(1, 2))
+    squares = np.sum(maps * (source[0] @ maps), axis=(1, 2)) + np.sum(inverse * (inverse @ source[1]), axis=(1, 2))
+    return products - 0.5 * squares
 
 
 def _root(gram):

@@ -79,7 +79,12 @@ def exact_scores(inside: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def circuit_scores(
-    spec: Spec, head: str, element: Element, target: Mapping[str, Leaf], source: Mapping[str, Leaf]
+    spec: Spec,
+    head: str,
+    element: Element,
+    target: Mapping[str, Leaf],
+    source: Mapping[str, Leaf],
+    norms: Mapping[str, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Cosine of the QK circuit plus cosine of the VO circuit, for every pair of heads.
 
@@ -88,33 +93,58 @@ def circuit_scores(
     `<Q_i K_i^T, Q_j K_j^T> = sum((Q_i^T Q_j) * (K_i^T K_j))`. The query and value biases enter as one
     more row, as an input that is always 1; the key bias is invisible to softmax and left out.
 
+    Args:
+        spec: Symmetry of both networks.
+        head: Name of the head group.
+        element: Where the residual stream stands.
+        target, source: Flat trees, path -> leaf.
+        norms: Of the circuits, as `circuit_norms` gives; no element changes them, so one call serves a search.
+
     Shapes:
         returns: float64[target heads, source heads], within [-n, n] for n groups inside.
 
     Raises:
         SpecError: QK and VO share one group of units inside the head, so there are no two circuits.
     """
+    norms = norms or circuit_norms(spec, head, target, source)
     total = np.zeros((spec.groups[head].size,) * 2)
-    still = elements.identity(spec)
+    for child in spec.children_of(head):
+        total += _circuit_products(spec, head, child, element, target, source) / norms[child]
+    return total
+
+
+def circuit_norms(
+    spec: Spec, head: str, target: Mapping[str, Leaf], source: Mapping[str, Leaf]
+) -> dict[str, np.ndarray]:
+    """Norm of each target circuit times norm of each source circuit, by group inside the head.
+
+    Shapes:
+        returns: child group -> float64[target heads, source heads].
+
+    Raises:
+        SpecError: QK and VO share one group of units inside the head, so there are no two circuits.
+    """
+    norms, still = {}, elements.identity(spec)
     for child in spec.children_of(head):
         if spec.groups[child].role not in ("qk", "vo"):
             raise SpecError(f"group {child}: circuits need QK and VO in groups of their own, not one for both.")
+        ours, theirs = (
+            np.sqrt(np.maximum(np.diag(_circuit_products(spec, head, child, still, tree, tree)), 0.0))
+            for tree in (target, source)
+        )
+        norms[child] = np.maximum(ours[:, None] * theirs[None], np.finfo(np.float64).tiny)
+    return norms
 
-        def circuit(rows, columns, basis, child=child):
-            sides = {False: 0.0, True: 0.0}
-            for path, head_axis, unit_axis in head_leaves(spec, head):
-                axis = spec.axes[path][unit_axis]
-                if axis.group == child and path not in spec.unmatched:
-                    sides[axis.dual] += np.asarray(
-                        pair_scores(spec, basis, path, head_axis, unit_axis, rows[path], columns[path]), np.float64
-                    )
-            return (sides[False] * sides[True]).sum(axis=(2, 3))
 
-        ours = np.sqrt(np.maximum(np.diag(circuit(target, target, still)), 0.0))
-        theirs = np.sqrt(np.maximum(np.diag(circuit(source, source, still)), 0.0))
-        scale = np.maximum(ours[:, None] * theirs[None], np.finfo(np.float64).tiny)
-        total += circuit(target, source, element) / scale
-    return total
+def _circuit_products(spec, head, child, element, rows, columns):
+    """Inner products of the circuits of every pair of heads, those of `columns` moved by the element."""
+    sides = {False: 0.0, True: 0.0}
+    for path, head_axis, unit_axis in head_leaves(spec, head):
+        axis = spec.axes[path][unit_axis]
+        if axis.group == child and path not in spec.unmatched:
+            products = pair_scores(spec, element, path, head_axis, unit_axis, rows[path], columns[path])
+            sides[axis.dual] += np.asarray(products, np.float64)
+    return (sides[False] * sides[True]).sum(axis=(2, 3))
 
 
 def inside_scores(

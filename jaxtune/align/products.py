@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.symmetry.element import Element
+from jaxtune.symmetry.element import Element, apply_to_leaf
+from jaxtune.symmetry.monomial import factors_of, order_of
 from jaxtune.symmetry.spec import Spec
 from jaxtune.types import Leaf
 
@@ -26,6 +27,21 @@ def unit_scores(spec: Spec, element: Element, path: str, axis: int, target: Leaf
     """
     layout, values = _layout_of(spec, element, path, skip=(axis,))
     return _unit_scores(target, source, values, layout=layout, axis=axis)
+
+
+def add_unit_scores(
+    scores: jax.Array | None,
+    weight: float,
+    spec: Spec,
+    element: Element,
+    path: str,
+    axis: int,
+    target: Leaf,
+    source: Leaf,
+) -> jax.Array:
+    """`scores + weight * unit_scores(...)` in the place of `scores`, which is gone afterwards; None is zeros."""
+    layout, values = _layout_of(spec, element, path, skip=(axis,))
+    return _add_unit_scores(scores, np.float32(weight), target, source, values, layout=layout, axis=axis)
 
 
 def slot_scores(
@@ -54,12 +70,18 @@ def pair_scores(
 
 def leaf_product(spec: Spec, element: Element, path: str, target: Leaf, source: Leaf) -> tuple[float, float]:
     """`<target, g(source)>` and `<g(source), g(source)>` over one leaf."""
+    is_ordered = all(axis is None or spec.groups[axis.group].kind == "permutation" for axis in spec.axes[path])
+    if is_ordered and isinstance(target, np.ndarray) and isinstance(source, np.ndarray):
+        # On the host, where both are: a gather and two sums cost less than handing the leaves to a device.
+        moved = apply_to_leaf(spec, element, path, source)
+        target, moved = (leaf.astype(np.promote_types(leaf.dtype, np.float32), copy=False) for leaf in (target, moved))
+        return float(np.vdot(target, moved)), float(np.vdot(moved, moved))
     layout, values = _layout_of(spec, element, path, skip=())
     product, square = _leaf_product(target, source, values, layout=layout)
     return float(product), float(square)
 
 
-# One entry per axis of a leaf: None where nothing moves, else how it moves ("take" or "turn") and the axis
+# One entry per axis of a leaf: None where nothing moves, else how it moves ("take", "scale" or "turn") and the axis
 # of the parent, -1 without one.
 Layout = tuple[tuple[str, int] | None, ...]
 
@@ -76,6 +98,10 @@ def _layout_of(spec, element, path, *, skip):
         if group.kind == "permutation":
             layout.append(("take", parent_axis))
             values.append(np.asarray(element[owner], np.int32))
+        elif group.kind in ("signed_permutation", "scaled_permutation"):
+            factors = factors_of(element[owner], dual=axis.dual).astype(np.float32)
+            layout.append(("scale", parent_axis))
+            values.append((order_of(element[owner]), np.ones_like(factors) if axis.order_only else factors))
         else:
             matrix = np.asarray(element[owner])
             if axis.dual and group.kind == "general_linear":
@@ -94,13 +120,24 @@ def _move(leaf, values, layout):
             inner = letters[axis] + "z"
             matrix = inner if parent_axis < 0 else letters[parent_axis] + inner
             leaf = _einsum(leaf, value.astype(leaf.dtype), f"{letters},{matrix}->{letters.replace(letters[axis], 'z')}")
-        elif parent_axis < 0:
-            leaf = jnp.take(leaf, value, axis=axis)
+        elif how == "scale":
+            order, factors = value
+            leaf = _take(leaf, order, axis, parent_axis) * _spread(factors.astype(leaf.dtype), leaf, axis, parent_axis)
         else:
-            index = value if parent_axis < axis else value.T
-            shape = [leaf.shape[a] if a in (axis, parent_axis) else 1 for a in range(leaf.ndim)]
-            leaf = jnp.take_along_axis(leaf, index.reshape(shape), axis=axis)
+            leaf = _take(leaf, value, axis, parent_axis)
     return leaf
+
+
+def _take(leaf, order, axis, parent_axis):
+    if parent_axis < 0:
+        return jnp.take(leaf, order, axis=axis, mode="clip")  # an order is never out of bounds, and this is faster
+    return jnp.take_along_axis(leaf, _spread(order, leaf, axis, parent_axis), axis=axis, mode="clip")
+
+
+def _spread(values, leaf, axis, parent_axis):
+    """One value per unit (and parent), laid along the axes of a leaf: length 1 elsewhere."""
+    values = values if parent_axis < axis else values.T
+    return values.reshape([leaf.shape[a] if a in (axis, parent_axis) else 1 for a in range(leaf.ndim)])
 
 
 def _moved_pair(target, source, values, layout):
@@ -112,12 +149,20 @@ def _einsum(a, b, formula):
     return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def _units_first(leaf, axis):
+    return jnp.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1)
+
+
 @functools.partial(jax.jit, static_argnames=("layout", "axis"))
 def _unit_scores(target, source, values, *, layout: Layout, axis: int):
     target, source = _moved_pair(target, source, values, layout)
-    rows = jnp.moveaxis(target, axis, 0).reshape(target.shape[axis], -1)
-    columns = jnp.moveaxis(source, axis, 0).reshape(source.shape[axis], -1)
-    return _einsum(rows, columns, "ix,jx->ij")
+    return _einsum(_units_first(target, axis), _units_first(source, axis), "ix,jx->ij")
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "axis"), donate_argnames="scores")
+def _add_unit_scores(scores, weight, target, source, values, *, layout: Layout, axis: int):
+    product = weight * _unit_scores(target, source, values, layout=layout, axis=axis).astype(jnp.float32)
+    return product if scores is None else scores + product
 
 
 def _by_parent(leaf, parent_axis, axis):

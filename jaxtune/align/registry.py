@@ -47,8 +47,8 @@ class Method:
         return asked, {name: value for name, value in options.items() if name not in self.spec_options}
 
 
-# One order of the stream, QK and VO apart: what every family's symmetry is unless more is asked.
-PLAIN_SPEC = {"junctions": "shared", "inside": "separate"}
+# One order of the stream, QK and VO apart, no scales: what every family's symmetry is unless more is asked.
+PLAIN_SPEC = {"junctions": "shared", "inside": "separate", "scales": "fixed"}
 
 METHODS: dict[str, Method] = {
     "weights": Method(

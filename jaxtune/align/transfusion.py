@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune.align.assignment import score_of, solve_assignment, solve_assignments
+from jaxtune.align.assignment import score_of, solve_assignment, solve_assignment_from, solve_assignments
 from jaxtune.align.heads import head_leaves, spectral_scores
-from jaxtune.align.products import slot_scores, unit_scores
+from jaxtune.align.products import slot_scores
+from jaxtune.align.tables import UnitTable, check_orders
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
@@ -55,6 +56,7 @@ def match_transfusion(
     repair_phase: bool = True,
     repair_backward: bool = True,
     repair_tolerance: bool = True,
+    repair_start: bool = True,
 ) -> TransfusionResult:
     """Finds permutations as TransFusion does; with all repairs off, as its released code does.
 
@@ -74,10 +76,14 @@ def match_transfusion(
         repair_backward: The code's backward order leaves out the first group, the stream's entry.
         repair_tolerance: The code counts a gain of 1e-12 on float32 sums of order 100 as progress; here a
             gain counts relative to the sum.
+        repair_start: The code solves the stream and the hidden units in its first phase too, in the order
+            asked for, around heads whose units are still unmatched: most of the time of an easy match. Here
+            all heads are set first, and the first sweep runs forward from the inputs, each group on those
+            leaves whose other axes are known by then; `order` rules from the second sweep on.
 
     Raises:
         TreeMismatchError: `target` and `source` differ in a path or a shape.
-        SpecError: the trees do not fit `spec`.
+        SpecError: the trees do not fit `spec`, or a group of it is more than an order of units.
         NonFiniteError: a leaf holds NaN or Inf.
         UnknownNameError: no such `order`.
         ConfigError: `max_sweeps` below 1.
@@ -94,54 +100,42 @@ def match_transfusion(
     spec.check(target)
     check_finite("target", target)
     check_finite("source", source)
+    check_orders(spec)
     target, source = flatten(target), flatten(source)
-    blocks = [name for name, group in spec.groups.items() if group.parent is None]
-    heads = {name for name in blocks if spec.children_of(name)}
-    spectra = {
-        name: spectral_scores(spec, name, target, source, include_output=include_output_spectrum) for name in heads
-    }
+    search = _Search(spec, target, source, include_output_spectrum=include_output_spectrum)
     element, phase, num_sweeps, reached_inside = elements.identity(spec), "heads", 0, False
-    neighbours = _neighbours(spec, blocks)
-    stale = set(blocks)  # solving a group again whose neighbours stand still gives what it gave before
+    if repair_start:
+        element, search.stale = search.start()
+        phase, num_sweeps, reached_inside = "inside", 1, bool(search.heads)
 
     def has_progressed(gain, size):
         return gain > (1e-6 * abs(size) if repair_tolerance else PUBLISHED_TOLERANCE)
 
     while num_sweeps < max_sweeps:
         progress, head_progress = False, False
-        for name in _ordered(named_key(key, "sweep", num_sweeps), blocks, order, repair_backward):
-            if name in heads and phase == "heads":
-                new = solve_assignment(spectra[name])
-                gain = score_of(spectra[name], new) - score_of(spectra[name], element[name])
-                moved = has_progressed(gain, score_of(spectra[name], element[name]))
-                head_progress = moved or (head_progress and repair_phase)
-                values = {name: new}
-            elif name not in stale:
+        for name in _ordered(named_key(key, "sweep", num_sweeps), search.blocks, order, repair_backward):
+            is_head = name in search.heads and phase == "heads"
+            if not is_head and name not in search.stale:
                 continue
-            elif name in heads:
+            if is_head:
+                values, gain, size = search.solve_heads(name, element)
+                head_progress = has_progressed(gain, size) or (head_progress and repair_phase)
+            elif name in search.heads:
                 reached_inside = True
-                values, gain, size = _solve_inside(spec, name, element, target, source)
-                moved = has_progressed(gain, size)
+                values, gain, size = search.solve_inside(name, element)
             else:
-                scores = np.zeros((spec.groups[name].size,) * 2, np.float32)
-                for path, axis in spec.leaves_of(name):
-                    if path not in spec.unmatched:
-                        scores += np.asarray(unit_scores(spec, element, path, axis, target[path], source[path]))
-                new = solve_assignment(scores)
-                gain = score_of(scores, new) - score_of(scores, element[name])
-                moved = has_progressed(gain, score_of(scores, new))
-                values = {name: new}
-            stale.discard(name)
-            if moved:
+                values, gain, size = search.solve_units(name, element)
+            search.stale.discard(name)
+            if has_progressed(gain, size):
                 element.update(values)
                 progress = True
-                stale |= neighbours[name]
+                search.stale |= search.neighbours[name]
         num_sweeps += 1
         if not repair_stop and not progress:
             break
         if phase == "heads" and not head_progress:
             phase = "inside"
-            stale |= heads
+            search.stale |= search.heads
         elif not progress:
             break
     else:
@@ -149,30 +143,99 @@ def match_transfusion(
     return TransfusionResult(element, True, num_sweeps, reached_inside)
 
 
-def _neighbours(spec, blocks):
-    """Block -> the other blocks that own an axis of one of its matched leaves."""
-    near = {name: set() for name in blocks}
-    for path, axes in spec.axes.items():
-        owners = {spec.groups[axis.group].parent or axis.group for axis in axes if axis}
-        if path not in spec.unmatched:
-            for name in owners:
-                near[name] |= owners - {name}
-    return near
+class _Search:
+    """What the loop keeps between visits: spectra, scores, the last assignment, and who must be visited again.
 
+    `neighbours[b]` are the blocks that share a matched leaf with block b. A block outside `stale` was solved with
+    every neighbour where it stands now; solving it again would give the same.
+    """
 
-def _solve_inside(spec, head, element, target, source):
-    """(new values, gain, size of the sum) for the units inside each matched head, biases left out."""
-    values, gain, size = {}, 0.0, 0.0
-    for child in spec.children_of(head):
-        scores = 0.0
-        for path, head_axis, unit_axis in head_leaves(spec, head):
-            if spec.axes[path][unit_axis].group == child and len(spec.axes[path]) > 2 and path not in spec.unmatched:
-                product = slot_scores(spec, element, path, head_axis, unit_axis, target[path], source[path])
-                scores = scores + np.asarray(product, np.float64)
-        values[child] = solve_assignments(scores)
-        size += score_of(scores, values[child]).sum()
-        gain += score_of(scores, values[child]).sum() - score_of(scores, element[child]).sum()
-    return values, gain, size
+    def __init__(self, spec, target, source, *, include_output_spectrum):
+        self.spec, self.target, self.source = spec, target, source
+        self.blocks = [name for name, group in spec.groups.items() if group.parent is None]
+        self.heads = {name for name in self.blocks if spec.children_of(name)}
+        self.owners = {
+            path: {spec.groups[axis.group].parent or axis.group for axis in axes if axis}
+            for path, axes in spec.axes.items()
+            if path not in spec.unmatched
+        }
+        self.neighbours = {
+            name: set().union(*(owners for owners in self.owners.values() if name in owners)) - {name}
+            for name in self.blocks
+        }
+        self.stale = set(self.blocks)
+        self.spectra = {
+            name: spectral_scores(spec, name, target, source, include_output=include_output_spectrum)
+            for name in self.heads
+        }
+        self.tables = {name: UnitTable(spec, name, target, source) for name in self.blocks if name not in self.heads}
+        self.standing = {}
+
+    def start(self):
+        """(element, blocks to visit again): all heads by their spectra, then one sweep forward from what is known.
+
+        In that sweep a group is solved on those leaves alone whose other axes are known by then. Where that leads
+        below where the networks stood, only the order of the heads is kept.
+        """
+        spec = self.spec
+        standing = elements.identity(spec)
+        standing |= {name: solve_assignment(spectra) for name, spectra in self.spectra.items()}
+        element, known, stale, objective = dict(standing), set(), set(), 0.0
+        for name in self.blocks:
+            mine = [path for path, owners in self.owners.items() if name in owners]
+            usable = {path for path in mine if self.owners[path] - {name} <= known}
+            if usable:
+                solve = self.solve_inside if name in self.heads else self.solve_units
+                values, _, size = solve(name, element, usable)
+                element.update(values)
+                objective += size  # a leaf counts where the last of its axes is solved, so once
+            known.add(name)
+            if len(usable) < len(mine):
+                stale.add(name)
+        return (element, stale) if objective > self._objective(standing) else (standing, self.stale)
+
+    def solve_heads(self, head, element):
+        """(new values, gain, size of the sum it is judged by) of the order of heads with the nearest spectra."""
+        scores = self.spectra[head]
+        new = solve_assignment(scores)
+        standing = score_of(scores, element[head])
+        return {head: new}, score_of(scores, new) - standing, standing
+
+    def solve_inside(self, head, element, usable=None):
+        """The same of the units inside each matched head, biases left out."""
+        spec, values, gain, size = self.spec, {}, 0.0, 0.0
+        for child in spec.children_of(head):
+            scores = np.zeros((spec.groups[head].size, *(spec.groups[child].size,) * 2))
+            for path, head_axis, unit_axis in head_leaves(spec, head):
+                is_mine = spec.axes[path][unit_axis].group == child and path in (usable or self.owners)
+                if is_mine and len(spec.axes[path]) > 2 and path in self.owners:
+                    product = slot_scores(
+                        spec, element, path, head_axis, unit_axis, self.target[path], self.source[path]
+                    )
+                    scores += np.asarray(product, np.float64)
+            values[child] = solve_assignments(scores)
+            size += score_of(scores, values[child]).sum()
+            gain += score_of(scores, values[child]).sum() - score_of(scores, element[child]).sum()
+        return values, gain, size
+
+    def solve_units(self, name, element, usable=None):
+        """The same of the units of a group without heads."""
+        paths = [path for path, _ in self.spec.leaves_of(name) if path in (usable or self.owners)]
+        scores = self.tables[name].scores(element, paths)
+        new, self.standing[name] = solve_assignment_from(scores, self.standing.get(name))
+        size = score_of(scores, new)
+        return {name: new}, size - score_of(scores, element[name]), size
+
+    def _objective(self, element):
+        """Inner product of target and source over the leaves that enter a cost, where nothing but heads moves."""
+        total = 0.0
+        for path, owners in self.owners.items():
+            axes = self.spec.axes[path]
+            if len(axes) > 2 or owners - self.heads:
+                still = tuple(a for a, axis in enumerate(axes) if axis is None or axis.group not in self.heads)
+                moved = elements.apply_to_leaf(self.spec, element, path, self.source[path], skip_axes=still)
+                total += float(np.vdot(np.asarray(self.target[path]), np.asarray(moved)))
+        return total
 
 
 def _ordered(key, names, order, repair_backward):

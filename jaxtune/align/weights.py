@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune.align.blocks import Problem, make_problem, solve_block
+from jaxtune.align.blocks import solve_block
+from jaxtune.align.problem import Problem, make_problem
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
@@ -20,7 +21,9 @@ from jaxtune.tree import check_finite, check_same, flatten
 from jaxtune.types import Params
 
 HEAD_COSTS = ("exact", "circuit", "spectral")
-WEIGHTINGS = ("plain", "unit")
+WEIGHTINGS = ("plain", "unit", "agreement")
+# Rounds of "agreement": on planted truth the weights settle in two or three.
+MAX_REWEIGHTINGS = 5
 # A gain below this share of the largest possible objective is float32 rounding.
 ROUNDING = 1e-7
 
@@ -39,6 +42,7 @@ class MatchResult:
         history: Objective of the best search after its start and after each update; never falls.
         start: How the best search began, "anchors" or "identity".
         objectives: Final objective of every search tried.
+        reweighted: Of "agreement": objectives under each round's own weights, as `history`, round by round.
     """
 
     element: dict[str, Any]
@@ -49,6 +53,7 @@ class MatchResult:
     history: tuple[float, ...]
     start: str
     objectives: tuple[float, ...]
+    reweighted: tuple[tuple[float, ...], ...] = ()
 
 
 def match_weights(
@@ -78,7 +83,10 @@ def match_weights(
         head_cost: "exact", "circuit" or "spectral", see `align.heads`. The order of heads that a score
             proposes is taken when it does not lower the objective; "spectral" proposes once. Where units
             inside a head have a basis and no order, "exact" stands for "circuit".
-        weighting: "plain": every leaf counts as it is. "unit": every leaf counts by its cosine.
+        weighting: "plain": every leaf counts as it is. "unit": every leaf counts by its cosine. "agreement": as
+            "unit" to the end; then, a few times over, every leaf counts by its cosine times the cosine it has
+            reached, and the search goes on from where it stands. Leaves that say nothing fall silent. Objectives
+            are those of "unit", which the last rounds may lower.
         num_restarts: Further searches, each from the same start with the groups in another random order.
         max_sweeps: Give up after this many.
         tolerance: A sweep that gains less than this share of the objective ends the search.
@@ -96,7 +104,8 @@ def match_weights(
 
     Reference:
         Ainsworth et al. 2023, arXiv:2209.04836, Algorithm 1; head costs from TransFusion,
-        arXiv:2505.22697. Differs: starts from anchors, so that a planted permutation of a residual
+        arXiv:2505.22697; "agreement" is iteratively reweighted least squares, after Holland and Welsch 1977.
+        Differs: starts from anchors, so that a planted permutation of a residual
         network is found; gains count relative to the objective; heads move as units.
     """
     if head_cost not in HEAD_COSTS:
@@ -109,23 +118,44 @@ def match_weights(
     spec.check(target)
     check_finite("target", target)
     check_finite("source", source)
-    problem = make_problem(spec, flatten(target), flatten(source), head_cost=head_cost, weighting=weighting)
+    basis = "plain" if weighting == "plain" else "unit"
+    problem = make_problem(spec, flatten(target), flatten(source), head_cost=head_cost, weighting=basis)
     search = Search(problem)
-    objective_of_identity = problem.objective(elements.identity(spec))
 
     def run(start, order_key):
         return search.run(start, order_key, max_sweeps=max_sweeps, tolerance=tolerance)
 
     results = [run("anchors", None)]
-    if results[0].objective < objective_of_identity:
+    if results[0].objective < problem.objective_of_identity:
         results.append(run("identity", None))
     results += [run(results[0].start, named_key(key, "restart", n)) for n in range(num_restarts)]
     best = max(results, key=lambda result: result.objective)
+    if weighting == "agreement":
+        best = _reweigh(problem, best, max_sweeps=max_sweeps, tolerance=tolerance)
     return dataclasses.replace(
         best,
-        objective_of_identity=objective_of_identity,
+        objective_of_identity=problem.objective_of_identity,
         objectives=tuple(result.objective for result in results),
     )
+
+
+def _reweigh(problem, result, *, max_sweeps, tolerance):
+    """The search continued under weights that follow the leaves' own agreement, until the element stands."""
+    histories = []
+    for _ in range(MAX_REWEIGHTINGS):
+        cosines = problem.agreements(result.element)
+        search = Search(problem.reweigh({path: max(cosine, 0.0) for path, cosine in cosines.items()}))
+        found = search.run(result.start, None, max_sweeps=max_sweeps, tolerance=tolerance, element=result.element)
+        histories.append(found.history)
+        result = dataclasses.replace(
+            result,
+            element=found.element,
+            is_converged=result.is_converged and found.is_converged,
+            num_sweeps=result.num_sweeps + found.num_sweeps,
+        )
+        if found.history[-1] - found.history[0] <= max(tolerance, 1e-6) * abs(found.history[0]):
+            break
+    return dataclasses.replace(result, objective=problem.objective(result.element), reweighted=tuple(histories))
 
 
 class Search:
@@ -138,10 +168,12 @@ class Search:
             for name, paths in problem.blocks.items()
         }
 
-    def run(self, start: str, order_key, *, max_sweeps: int, tolerance: float) -> MatchResult:
-        problem, element = self.problem, elements.identity(self.problem.spec)
-        stale = set(problem.blocks)
-        if start == "anchors":
+    def run(self, start: str, order_key, *, max_sweeps: int, tolerance: float, element=None) -> MatchResult:
+        """One search; from `element` where one is given, else from `start`."""
+        problem, stale = self.problem, set(self.problem.blocks)
+        is_new = element is None
+        element = elements.identity(problem.spec) if is_new else dict(element)
+        if is_new and start == "anchors":
             stale = self._start_from_anchors(element)
         objective = problem.objective(element)
         history, floor = [objective], ROUNDING * sum(problem.mass.values())

@@ -1,5 +1,6 @@
 """`jaxtune transport`: old base, its fine-tune, new base in; the new base with the fine-tune out."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -24,6 +25,10 @@ ROLES = ("source", "finetuned", "target")
 RUNTIME_BYTES = 400 * 2**20  # Python, JAX and its compiler before any weight is loaded
 # Copies of the weights in float32 that a method and its evidence hold at the peak; measured at 25 M weights.
 COPIES = {"identity": 14, "orthogonal_shift": 14, "permutation": 14, "transfusion": 14, "full": 19}
+EXPECTED = (
+    "The expected share is what arrived, at scale 1, between small vision transformers whose weights were left as far "
+    "apart as these (docs/ladder.md in the repository). Your models may do better or worse: measure."
+)
 MEASURED_COLUMNS = {"model": "model", "task": "task accuracy", "support": "support accuracy"}
 
 
@@ -72,6 +77,7 @@ def run(arguments) -> None:
         "info": result.prepared.info,
         "evidence": None if result.evidence is None else result.evidence.as_dict(),
         "equivalence": None if result.equivalence is None else result.equivalence.as_dict(),
+        "expected": result.expected,
         "measured": measured,
         "host": describe_host(),
         "cost": work.cost(),
@@ -127,6 +133,10 @@ def _rows(report):
         {"what": "task vector, share of the new base's norm", "value": percent(vector["relative_to_target"], 2)},
     ]
     if report["evidence"]:
+        low, high = report["expected"]
+        rows.append(
+            {"what": "expected share of the fine-tuning gain", "value": f"{100 * low:.0f} to {100 * high:.0f} %"}
+        )
         rows += evidence_rows(report["evidence"], report["equivalence"])
     if report["evidence"] and report["equivalence"] is None and "num_sweeps" in report["info"]:
         rows.append({"what": "moved old base against old base", "value": "not checked: no network holds it"})
@@ -154,7 +164,7 @@ def _summary(report, out):
         parts += [render_table(MEASURED_COLUMNS, _measured_rows(report)), ""]
     parts.append(render_table({"what": "transport", "value": ""}, _rows(report)))
     if report["evidence"]:
-        parts += ["", ADVICE[report["evidence"]["lineage"]["verdict"]]]
+        parts += ["", ADVICE[report["evidence"]["lineage"]["verdict"]], EXPECTED]
     if not report["measured"]:
         parts.append("Nothing was measured on data; --evaluate DATA and --support DATA do.")
     parts += ["", f"Written to {out}; open {out}/report.html for the evidence block by block."]
@@ -166,6 +176,7 @@ def _page(report):
     if report["measured"]:
         sections.append(Section("What it brought and what it cost", [], MEASURED_COLUMNS, _measured_rows(report)))
     if report["evidence"]:
+        sections[0] = dataclasses.replace(sections[0], words=[EXPECTED])
         sections += evidence_section(report["evidence"], report["equivalence"])
     inputs = [{"role": role, "path": row["path"], "format": row["format"]} for role, row in report["inputs"].items()]
     sections.append(Section("Inputs", [], {"role": "role", "path": "path", "format": "format"}, inputs))

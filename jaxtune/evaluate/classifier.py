@@ -1,6 +1,6 @@
 """How well a model classifies a data source: accuracy, loss, calibration."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -76,21 +76,47 @@ def evaluate_classifier(
     Reference:
         Guo et al. 2017, arXiv:1706.04599, equation 3 (calibration error).
     """
+    check_sizes(source, batch_size=batch_size, top_k=top_k)
+    batch_size = min(batch_size, len(source))
+    params, place = spread(params, batch_size)
+    embeddings = None if embeddings is None else jnp.asarray(embeddings)
+    scores = score_source(lambda batch: score_batch(config, params, place(batch), embeddings), source, batch_size)
+    return metrics_of(scores, top_k=top_k)
+
+
+def check_sizes(source: Source, *, batch_size: int, top_k: int) -> None:
+    """Raises `ConfigError` where either is below 1, `DataError` where the source is empty."""
     if batch_size < 1 or top_k < 1:
         raise ConfigError(f"batch_size is {batch_size} and top_k is {top_k}; both must be at least 1.")
-    num_examples = len(source)
-    if not num_examples:
+    if not len(source):
         raise DataError("the source to evaluate on is empty.")
-    batch_size = min(batch_size, num_examples)
-    params, place = _spread(params, batch_size)
-    embeddings = None if embeddings is None else jnp.asarray(embeddings)
-    scores = []
+
+
+def score_source(
+    score: Callable[[dict[str, Any]], dict[str, jax.Array]], source: Source, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Scores of a whole source, in order, padding left out.
+
+    Shapes:
+        score(batch)[name]: [..., batch_size]; of any number of models at once.
+        result[name]: [..., len(source)].
+    """
+    num_examples, scores = len(source), []
     for start in range(0, num_examples, batch_size):
         indices = np.arange(start, min(start + batch_size, num_examples))
         batch = source.__getitems__(np.pad(indices, (0, batch_size - len(indices)), mode="edge"))
-        scores.append(score_batch(config, params, place(dict(batch)), embeddings))
+        scores.append(score(dict(batch)))
         jax.block_until_ready(scores[-2:-1])  # the device runs one batch ahead, no more
-    scores = {name: np.concatenate([score[name] for score in scores])[:num_examples] for name in scores[0]}
+    return {name: np.concatenate([s[name] for s in scores], axis=-1)[..., :num_examples] for name in scores[0]}
+
+
+def metrics_of(scores: Mapping[str, np.ndarray], *, top_k: int) -> Metrics:
+    """Metrics of one model from its scores of every example, as `score_batch` gives them.
+
+    Raises:
+        DataError: a label that the model has no class for.
+        NonFiniteError: the model's outputs are NaN.
+    """
     if np.any(scores["rank"] < 0):
         raise DataError(
             f"example {int(np.argmax(scores['rank'] < 0))} has a label that the model has no class for. "
@@ -108,7 +134,7 @@ def evaluate_classifier(
         top_k=top_k,
         loss=float(np.mean(scores["loss"], dtype=np.float64)),
         calibration_error=calibration_error(scores["confidence"], is_correct),
-        num_examples=num_examples,
+        num_examples=len(is_correct),
     )
 
 
@@ -153,7 +179,7 @@ def calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
     return float(np.sum(np.abs(gap)) / len(confidence))
 
 
-def _spread(params, batch_size):
+def spread(params: Params, batch_size: int) -> tuple[Params, Callable[[dict[str, Any]], dict[str, Any]]]:
     """Parameters on every local device and a function that cuts a batch over them; one device if it does not divide."""
     devices = jax.local_devices()
     if batch_size % len(devices):

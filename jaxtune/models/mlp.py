@@ -7,12 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.models import transformer
 from jaxtune.models.config import check_fields
 from jaxtune.models.inputs import at_least_float32, image_of, open_params
-from jaxtune.models.transformer import ACTIVATIONS
 from jaxtune.symmetry import Group, Spec, make_spec
 from jaxtune.types import Params
+
+ACTIVATIONS = {**transformer.ACTIVATIONS, "tanh": jnp.tanh}
+SCALES = ("fixed", "free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,7 @@ class Config:
     image_shape: tuple[int, int, int]
     widths: tuple[int, ...]
     num_outputs: int
-    activation: Literal["relu", "gelu"] = "relu"
+    activation: Literal["relu", "gelu", "tanh"] = "relu"
     residual: bool = False
 
     def __post_init__(self):
@@ -101,32 +104,53 @@ def apply(config: Config, params: Params, batch: Params) -> jax.Array:
     return _module_of(config).apply({"params": params}, flat).astype(at_least_float32(dtype))
 
 
-def symmetry(config: Config) -> Spec:
+def symmetry(config: Config, *, scales: str = "fixed") -> Spec:
     """One order per hidden layer ("layer_i/hidden" or "block_i/hidden") and, if residual, one "stream".
 
-    Fixed axes: those of the pixels and of the outputs.
+    Behind tanh, which is odd, every hidden unit has a sign too. Fixed axes: those of the pixels and of the outputs.
+
+    Args:
+        config: The network.
+        scales: "fixed": elements that keep every norm. "free": behind ReLU every hidden unit has a positive scale
+            too, which its outgoing weights divide by. Not the default: a scale changes how long a task vector is
+            and how far apart two networks lie, which whoever compares them must want.
+
+    Raises:
+        UnknownNameError: another value of `scales`.
+        ConfigError: free scales behind an activation that sees them.
     """
-    if config.residual:
-        return _residual_symmetry(config)
+    if scales not in SCALES:
+        raise unknown_name("scales", scales, SCALES)
+    if scales == "free" and config.activation != "relu":
+        raise ConfigError(
+            f'scales="free" needs activation relu, which a positive scale passes; this config has {config.activation}. '
+            'Use scales="fixed".'
+        )
+    kind = "signed_permutation" if config.activation == "tanh" else "permutation"
+    kind = "scaled_permutation" if scales == "free" else kind
+    return _residual_symmetry(config, kind) if config.residual else _plain_symmetry(config, kind)
+
+
+def _plain_symmetry(config, kind):
     groups, axes, before = [], {}, None
     for index, width in enumerate(config.widths):
         layer = f"layer_{index}"
-        groups.append(Group(f"{layer}/hidden", width))
+        groups.append(Group(f"{layer}/hidden", width, kind))
         axes |= {f"{layer}/kernel": (before, f"{layer}/hidden"), f"{layer}/bias": (f"{layer}/hidden",)}
-        before = f"{layer}/hidden"
+        before = f"{layer}/hidden*"
     axes |= {"head/kernel": (before, None), "head/bias": (None,)}
     return make_spec(groups, axes)
 
 
-def _residual_symmetry(config):
+def _residual_symmetry(config, kind):
     stream, *hidden = config.widths
     groups = [Group("stream", stream, role="stream")]
     axes = {"stem/kernel": (None, "stream"), "stem/bias": ("stream",)}
     for index, width in enumerate(hidden):
         block, inside = f"block_{index}", f"block_{index}/hidden"
-        groups.append(Group(inside, width))
+        groups.append(Group(inside, width, kind))
         axes |= {f"{block}/up/kernel": ("stream", inside), f"{block}/up/bias": (inside,)}
-        axes |= {f"{block}/down/kernel": (inside, "stream"), f"{block}/down/bias": ("stream",)}
+        axes |= {f"{block}/down/kernel": (f"{inside}*", "stream"), f"{block}/down/bias": ("stream",)}
     axes |= {"head/kernel": ("stream", None), "head/bias": (None,)}
     return make_spec(groups, axes, junctions=["stream"])
 

@@ -109,7 +109,9 @@ def apply_train(
 
 
 def symmetry_of(config: Any, **options: Any) -> Spec:
-    """The symmetry of the network that `config` describes; transformers know `junctions` and `inside`.
+    """The symmetry of the network that `config` describes.
+
+    Transformers know the options `junctions` and `inside`, perceptrons and ResNets `scales`.
 
     Raises:
         UnknownNameError: another value of an option.
@@ -118,12 +120,12 @@ def symmetry_of(config: Any, **options: Any) -> Spec:
     if isinstance(config, Mapping):
         config = config_from_dict(config)
     model_type, family = _find(config)
-    known = inspect.signature(family.symmetry).parameters
+    known = list(inspect.signature(family.symmetry).parameters)[1:]
     for option, value in options.items():
         if option not in known:
             raise ConfigError(
-                f"{model_type} has no symmetry with {option}={value!r}: it has no attention and one order of units a "
-                "layer. Use a method that needs none, for instance permutation."
+                f"{model_type} has no symmetry with {option}={value!r}; options of its symmetry: "
+                f"{', '.join(known)}. Use a method that does not ask for it, for instance permutation."
             )
     return family.symmetry(config, **options)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune import tree
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.models.config import check_fields
 from jaxtune.models.inputs import at_least_float32, image_of, open_params
 from jaxtune.symmetry import Group, Spec, make_spec
@@ -18,6 +18,7 @@ from jaxtune.types import Params
 NUM_STAGES = 3
 STAGE_WIDTHS = (16, 32, 64)
 STATISTICS = ("mean", "var")
+SCALES = ("fixed", "free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,36 +157,51 @@ def apply_train(config: Config, params: Params, batch: Params) -> tuple[jax.Arra
     return outputs, tree.unflatten(leaves)
 
 
-def symmetry(config: Config) -> Spec:
+def symmetry(config: Config, *, scales: str = "fixed") -> Spec:
     """One order per stage, shared by all that its stream touches, and one inside every block.
 
     Groups: "stage_s/channel" and "stage_s_block_b/channel". Fixed axes: pixels, kernel windows, outputs.
+
+    Args:
+        config: The network.
+        scales: "fixed": elements that keep every norm. "free": every channel has a positive scale too. It enters
+            through the gain and the offset of a batch norm, passes ReLU, sums and means, and leaves through the
+            kernels that read it; in a stage, whose shortcuts carry it on, all blocks share it. The kernel in front
+            of a batch norm takes none: what reads it is blind to scales, but for `norm_eps`. Not the default: see
+            `mlp.symmetry`.
+
+    Raises:
+        UnknownNameError: another value of `scales`.
     """
+    if scales not in SCALES:
+        raise unknown_name("scales", scales, SCALES)
+    kind = "scaled_permutation" if scales == "free" else "permutation"
     groups, axes, unmatched, nonnegative = [], {}, [], []
 
     def add_norm(path, group):
-        axes.update({f"{path}/{name}": (group,) for name in ("scale", "bias", *STATISTICS)})
+        axes.update({f"{path}/{name}": (group,) for name in ("scale", "bias")})
+        axes.update({f"{path}/{name}": (f"{group}~",) for name in STATISTICS})
         unmatched.extend(f"{path}/{name}" for name in STATISTICS)
         nonnegative.append(f"{path}/var")
 
-    axes["stem_conv/kernel"] = (None, None, None, "stage_0/channel")
+    axes["stem_conv/kernel"] = (None, None, None, "stage_0/channel~")
     add_norm("stem_norm", "stage_0/channel")
-    before = "stage_0/channel"
+    before = "stage_0/channel*"
     for stage, width in enumerate(STAGE_WIDTHS):
         stream = f"stage_{stage}/channel"
-        groups.append(Group(stream, width * config.width_multiplier, role="channel"))
+        groups.append(Group(stream, width * config.width_multiplier, kind, role="channel"))
         for block in range(config.num_blocks):
             path = _block(stage, block)
             inner = f"{path}/channel"
-            groups.append(Group(inner, width * config.width_multiplier, role="channel"))
-            axes[f"{path}/conv1/kernel"] = (None, None, before, inner)
-            axes[f"{path}/conv2/kernel"] = (None, None, inner, stream)
+            groups.append(Group(inner, width * config.width_multiplier, kind, role="channel"))
+            axes[f"{path}/conv1/kernel"] = (None, None, before, f"{inner}~")
+            axes[f"{path}/conv2/kernel"] = (None, None, f"{inner}*", f"{stream}~")
             add_norm(f"{path}/norm1", inner)
             add_norm(f"{path}/norm2", stream)
-            if before != stream:
-                axes[f"{path}/shortcut_conv/kernel"] = (None, None, before, stream)
+            if before != f"{stream}*":
+                axes[f"{path}/shortcut_conv/kernel"] = (None, None, before, f"{stream}~")
                 add_norm(f"{path}/shortcut_norm", stream)
-            before = stream
+            before = f"{stream}*"
     axes |= {"head/kernel": (before, None), "head/bias": (None,)}
     return make_spec(groups, axes, unmatched=unmatched, nonnegative=nonnegative)
 

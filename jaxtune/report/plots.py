@@ -48,6 +48,21 @@ def plot_lines(
     return _finish(figure, axes, title, x_label, y_label)
 
 
+def plot_points(
+    title: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x_label: str,
+    y_label: str,
+) -> str:
+    """A cloud of points per series, (x, y) each."""
+    figure, axes = _figure(7.0, 3.8)
+    for n, (name, (x, y)) in enumerate(series.items()):
+        marker = "osD^v*"[n % 6]
+        axes.scatter(x, y, s=22, marker=marker, label=name, color=COLOURS[n % len(COLOURS)], alpha=0.8, linewidths=0)
+    return _finish(figure, axes, title, x_label, y_label)
+
+
 def _figure(width, height):
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 

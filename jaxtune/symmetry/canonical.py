@@ -45,7 +45,7 @@ def canonical_spec(spec: Spec) -> Spec:
     groups = [replace(group, kind=KIND_OF_ROLE.get(group.role, group.kind)) for group in spec.groups.values()]
     gone = _dropped(form)
     axes = {
-        path: tuple(None if axis is None else axis.group + "*" * axis.dual for axis in row)
+        path: tuple(None if axis is None else axis.mark for axis in row)
         for path, row in spec.axes.items()
         if path not in gone
     }
@@ -59,16 +59,21 @@ def canonical_spec(spec: Spec) -> Spec:
     return make_spec(groups, axes, unmatched=spec.unmatched - gone, junctions=spec.junctions, form=form)
 
 
-def fold(spec: Spec, params: Params) -> dict:
-    """The weights in canonical form, float64; computes the same function, with norms that only normalise.
+def fold(spec: Spec, params: Params, *, dtype: type = np.float64) -> dict:
+    """The weights in canonical form; computes the same function, with norms that only normalise.
 
     Leaves keep their paths. Gains, value and key biases are gone; the offset of a norm stays, divided by its
     gain, where a reader has no bias to take it; the gain of an entry norm becomes a matrix.
 
+    Args:
+        spec: Symmetry of the network, not of its canonical form.
+        params: Its weights.
+        dtype: Of the result. Each step is computed in float64; float32 holds half as much at any time.
+
     Raises:
         SpecError: the family declares no form, or a gain is zero before a reader without a bias.
     """
-    form, leaves = _form_of(spec), _wide(params)
+    form, leaves = _form_of(spec), _Leaves(flatten(params), dtype)
     for norm in form.norms:
         gain, offset = leaves[norm.scale], leaves[norm.bias]
         keeps_offset = _keeps_offset(norm)
@@ -91,7 +96,7 @@ def fold(spec: Spec, params: Params) -> dict:
         leaves[entry.scale] = np.diag(leaves[entry.scale])
     for path in (*form.writers, *(path for entry in form.entries for path in (entry.scale, entry.bias))):
         leaves[path] = leaves[path] - leaves[path].mean(axis=-1, keepdims=True)
-    return unflatten({path: leaf for path, leaf in leaves.items() if path not in _dropped(form)})
+    return unflatten({path: leaves.rounded(path) for path in leaves if path not in _dropped(form)})
 
 
 def realise(spec: Spec, folded: Params, like: Params) -> dict:
@@ -157,6 +162,25 @@ def unfold(spec: Spec, vector: Params, base: Params) -> Unfolded:
         if not is_float(leaf):
             result[path] = np.zeros_like(leaf)
     return Unfolded(unflatten(result), lost)
+
+
+class _Leaves(dict):
+    """Leaves that are read in float64 and kept in `dtype`, so that a network is never held whole in float64."""
+
+    def __init__(self, leaves, dtype):
+        super().__init__(leaves)
+        self.dtype = dtype
+
+    def __getitem__(self, path):
+        leaf = super().__getitem__(path)
+        return np.asarray(leaf, np.float64) if is_float(leaf) else leaf
+
+    def __setitem__(self, path, leaf):
+        super().__setitem__(path, leaf.astype(self.dtype))
+
+    def rounded(self, path):
+        leaf = super().__getitem__(path)
+        return np.asarray(leaf, self.dtype) if is_float(leaf) else leaf
 
 
 def _form_of(spec) -> Form:

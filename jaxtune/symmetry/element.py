@@ -1,7 +1,7 @@
 """Elements of a network's symmetry group: apply, compose, invert, draw at random.
 
-An element is a plain dict, group name -> value (for a permutation int32[n]; for units inside heads
-int32[heads, n]). Read these names with their module: `element.apply(spec, g, params)`.
+An element is a plain dict, group name -> value: one array each, for a permutation int32[n] (for units inside heads
+int32[heads, n]), for the others see their kinds. Read these names with their module: `element.apply(spec, g, params)`.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtune.errors import SpecError
 from jaxtune.rng import named_key
 from jaxtune.symmetry.kinds import kind_of
+from jaxtune.symmetry.permutations import PERMUTATION
 from jaxtune.symmetry.spec import Spec
 from jaxtune.tree import flatten, unflatten
 from jaxtune.types import Leaf, Params
@@ -69,7 +70,10 @@ def apply_to_leaf(spec: Spec, element: Element, path: str, leaf: Leaf, *, skip_a
         parent_axis = None
         if group.parent is not None:
             parent_axis = next(p for p, other in enumerate(axes) if other and other.group == group.parent)
-        leaf = kind_of(group).act(element[axis.group], leaf, position, parent_axis, axis.dual)
+        kind, value = kind_of(group), element[axis.group]
+        if axis.order_only:
+            kind, value = PERMUTATION, kind.order(value)
+        leaf = kind.act(value, leaf, position, parent_axis, axis.dual)
     return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 

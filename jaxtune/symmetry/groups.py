@@ -37,6 +37,7 @@ class Kind:
         compose: (second, first, second_parent) -> the element that acts as `first`, then `second`.
         invert: (element, parent) -> element.
         check: (element, size, count) -> None or the complaint.
+        order: element -> which source unit lands where, int32[n] or int32[parent, n]; None where units mix.
     """
 
     identity: Callable[..., Any]
@@ -45,3 +46,4 @@ class Kind:
     compose: Callable[..., Any]
     invert: Callable[..., Any]
     check: Callable[..., str | None]
+    order: Callable[[Any], Any] | None = None

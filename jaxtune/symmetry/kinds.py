@@ -6,10 +6,13 @@ Everything else in the package goes through this table, so a new kind is one mor
 from jaxtune.errors import SpecError
 from jaxtune.symmetry.groups import Group, Kind
 from jaxtune.symmetry.linear import CENTRED_ORTHOGONAL, GENERAL_LINEAR, ORTHOGONAL
+from jaxtune.symmetry.monomial import SCALED_PERMUTATION, SIGNED_PERMUTATION
 from jaxtune.symmetry.permutations import PERMUTATION
 
 KINDS: dict[str, Kind] = {
     "permutation": PERMUTATION,
+    "signed_permutation": SIGNED_PERMUTATION,
+    "scaled_permutation": SCALED_PERMUTATION,
     "orthogonal": ORTHOGONAL,
     "centred_orthogonal": CENTRED_ORTHOGONAL,
     "general_linear": GENERAL_LINEAR,

@@ -80,13 +80,12 @@ def _contract(matrix, leaf, axis, parent_axis):
     inner = letters[axis] + "z"
     matrix_letters = inner if parent_axis is None else letters[parent_axis] + inner
     formula = f"{letters},{matrix_letters}->{letters.replace(letters[axis], 'z')}"
+    wide = np.promote_types(leaf.dtype, np.float32)  # NumPy's own: under strict promotion JAX's refuses
     if isinstance(leaf, np.ndarray):
-        wide = np.promote_types(leaf.dtype, np.float32)
         return np.einsum(formula, leaf.astype(wide), np.asarray(matrix).astype(wide), optimize=True)
     import jax
     import jax.numpy as jnp
 
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
     return jnp.einsum(formula, leaf.astype(wide), jnp.asarray(matrix).astype(wide), precision=jax.lax.Precision.HIGHEST)
 
 

@@ -68,4 +68,5 @@ PERMUTATION = Kind(
     compose=_compose_permutations,
     invert=_invert_permutation,
     check=_check_permutation,
+    order=np.asarray,
 )

@@ -7,7 +7,8 @@ A model writes one table, path -> axes, for instance (8 heads of 16 units, width
     "patch/kernel": (None, None, None, "stream"),
 
 None declares an axis fixed; nothing else is. A star marks the dual side, where the inverse transpose
-acts: for permutations the same, for general linear maps inside a head not.
+acts: for permutations the same, for general linear maps inside a head not. A tilde marks an axis that follows the
+order of the units and nothing else: behind a batch norm's input no scale is seen.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,10 +23,22 @@ from jaxtune.types import Params
 
 @dataclass(frozen=True)
 class Axis:
-    """Owner of one axis of one leaf; `dual` where the inverse transpose acts."""
+    """Owner of one axis of one leaf.
+
+    Attributes:
+        group: Name of the owner.
+        dual: Whether the inverse transpose acts.
+        order_only: Whether the order of the units acts without their signs or scales.
+    """
 
     group: str
     dual: bool = False
+    order_only: bool = False
+
+    @property
+    def mark(self) -> str:
+        """As `make_spec` reads it: "group", "group*" or "group~"."""
+        return self.group + ("*" if self.dual else "~" if self.order_only else "")
 
 
 @dataclass(frozen=True)
@@ -169,12 +182,14 @@ def make_spec(
 
     Args:
         groups: Every group, parents before children or after.
-        axes: Path -> owner of each axis; a trailing "*" marks the dual side, None a fixed axis.
+        axes: Path -> owner of each axis; a trailing "*" marks the dual side, "~" an axis that the order alone
+            moves, None a fixed axis.
         unmatched, nonnegative, junctions, form: As in `Spec`.
 
     Raises:
         SpecError: an owner that is no group, a group that owns nothing, a unit inside a head on a leaf
-            without the head's axis, a group twice on one leaf, a path in `unmatched` that has no axes.
+            without the head's axis, a group twice on one leaf, a "~" on a group whose units mix, a path in
+            `unmatched` that has no axes.
     """
     table: dict[str, Group] = {}
     for group in groups:
@@ -184,7 +199,7 @@ def make_spec(
         table[group.name] = group
     parsed, owned = {}, {name: [] for name in table}
     for path, owners in axes.items():
-        row = tuple(None if owner is None else Axis(owner.rstrip("*"), owner.endswith("*")) for owner in owners)
+        row = tuple(None if owner is None else _read_mark(owner) for owner in owners)
         names = [axis.group for axis in row if axis]
         if len(set(names)) != len(names):
             raise SpecError(f"{path}: a group owns two axes of one leaf: {owners}.")
@@ -193,6 +208,8 @@ def make_spec(
                 continue
             if axis.group not in table:
                 raise SpecError(f"{path}: axis {position} belongs to {axis.group!r}, which is no group.")
+            if axis.order_only and kind_of(table[axis.group]).order is None:
+                raise SpecError(f"{path}: {axis.mark} asks for an order, which {table[axis.group].kind} has not.")
             parent = table[axis.group].parent
             if parent is not None and parent not in names:
                 raise SpecError(f"{path}: {axis.group} lives inside {parent}, which owns no axis of this leaf.")
@@ -219,3 +236,7 @@ def make_spec(
         form=form,
         _leaves_of={name: tuple(pairs) for name, pairs in owned.items()},
     )
+
+
+def _read_mark(owner):
+    return Axis(owner.rstrip("*~"), dual=owner.endswith("*"), order_only=owner.endswith("~"))

@@ -1,8 +1,12 @@
-"""Chooses a transport from the weights alone: plain addition among kin, the best-matching element otherwise."""
+"""Chooses a transport from the weights alone: what leaves the least between the bases, chance taken into account."""
 
 import dataclasses
 
+import jax
+import numpy as np
+
 from jaxtune.align.evidence import judge_match, measure_residual
+from jaxtune.align.weights import match_weights
 from jaxtune.errors import SpecError
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
@@ -10,46 +14,84 @@ from jaxtune.transport.full import prepare_full
 from jaxtune.transport.identity import prepare_identity
 from jaxtune.transport.permutation import prepare_permutation
 from jaxtune.transport.prepared import Prepared, Symmetry
+from jaxtune.tree import flatten, is_float, map_leaves
 from jaxtune.types import Params
+
+# What `full` must save of the residual between kin, in units of what it saves of noise.
+CLEARLY = 1.1
 
 
 def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, target: Params) -> Prepared:
-    """Plain addition where the bases are kin as they lie, else permutation or the full group by their match.
+    """Plain addition, permutation or the full group, by what each leaves between the bases.
 
-    Where two bases descend from one start, plain addition carries about 95 % of a fine-tune and moving
-    anything can only lose; so kinship is looked for first. Otherwise the weights are aligned by permutations
-    and, where the family's norms can be folded, by the full group, and the one that leaves the smaller residual
-    moves the task vector. Both residuals are taken on folded weights, so that they compare like with like.
+    Between kin that never drifted far, plain addition carries most of a fine-tune and moving anything can only lose;
+    between kin that did, and between strangers, the larger group carries more. Both show in the residual
+    `||target - g(source)|| / ||target||`, taken on folded weights for all three, so that they compare like with
+    like. A continuous group finds something to fit in any difference, so between kin `full` must save clearly more
+    than it saves where the difference is noise of the same size, leaf by leaf.
 
     Args:
-        key: Draws the random elements that kinship is judged against.
+        key: Draws the random elements that kinship is judged against, and the noise.
         symmetry: Spec of the bases.
         source, finetuned, target: Old base, its fine-tune, new base; one architecture.
+
+    Returns:
+        The chosen method's own; `info` has "chosen", the "residuals" of all candidates, the lineage ("because"),
+        "saved" and "saved_of_noise" (shares of the residual, where noise was asked) and, where the weights cannot
+        be folded, why ("full_refused").
 
     Raises:
         TreeMismatchError, SpecError, NonFiniteError: as `prepare_permutation`.
     """
-    permuted = prepare_permutation(named_key(key, "permutation"), symmetry, source, finetuned, target)
-    evidence = judge_match(named_key(key, "evidence"), permuted.spec, target, source, permuted.element)
-    lineage, residuals, refused = evidence.lineage, {}, None
-    if lineage.verdict != "unrelated" and lineage.is_in_place:
-        chosen, name = prepare_identity(key, symmetry, source, finetuned, target), "identity"
-    elif permuted.spec.form is None or lineage.verdict == "same":
-        chosen, name = permuted, "permutation"
-    else:
-        chosen, name = permuted, "permutation"
+    candidates = {
+        "identity": prepare_identity(key, symmetry, source, finetuned, target),
+        "permutation": prepare_permutation(named_key(key, "permutation"), symmetry, source, finetuned, target),
+    }
+    permuted = candidates["permutation"]
+    lineage = judge_match(named_key(key, "evidence"), permuted.spec, target, source, permuted.element).lineage
+    simple = {"identity": source, "permutation": elements.apply(permuted.spec, permuted.element, source)}
+    judge, refused = permuted, None
+    if permuted.spec.form is not None and lineage.verdict != "same":
         try:
-            full = prepare_full(named_key(key, "full"), symmetry, source, finetuned, target)
+            judge = candidates["full"] = prepare_full(named_key(key, "full"), symmetry, source, finetuned, target)
         except SpecError as error:  # weights that cannot be folded, as behind a gain of exactly zero
             refused = str(error)
-        else:
-            ours, theirs = full.fold(target), full.fold(source)
-            judged = judge_match(named_key(key, "full evidence"), full.spec, ours, theirs, full.element)
-            moved = full.fold(elements.apply(permuted.spec, permuted.element, source))
-            residuals = {"permutation": measure_residual(full.spec, ours, moved), "full": judged.residual["found"]}
-            if residuals["full"] < residuals["permutation"]:
-                chosen, name = full, "full"
-            if judged.lineage.verdict != "unrelated":
-                lineage = judged.lineage
-    info = {"chosen": name, "because": dataclasses.asdict(lineage), "residuals": residuals, "full_refused": refused}
-    return dataclasses.replace(chosen, info={**chosen.info, **info})
+    ours = judge.fold(target)
+    moved = {name: judge.fold(params) for name, params in simple.items()}
+    residuals = {name: measure_residual(judge.spec, ours, params) for name, params in moved.items()}
+    chosen = "permutation" if residuals["permutation"] < residuals["identity"] else "identity"
+    info = {}
+    if "full" in candidates:
+        evidence = judge_match(named_key(key, "full evidence"), judge.spec, ours, moved["identity"], judge.element)
+        residuals["full"] = evidence.residual["found"]
+        if lineage.verdict == "unrelated":
+            lineage = evidence.lineage
+        saved = 1 - residuals["full"] / residuals[chosen] if residuals[chosen] else 0.0
+        if saved > 0 and lineage.verdict == "related":
+            by_chance = _saved_of_noise(named_key(key, "noise"), judge, target, simple[chosen])
+            info = {"saved": saved, "saved_of_noise": by_chance}
+            saved -= CLEARLY * by_chance
+        if saved > 0:
+            chosen = "full"
+    info |= {"chosen": chosen, "because": dataclasses.asdict(lineage), "residuals": residuals, "full_refused": refused}
+    return dataclasses.replace(candidates[chosen], info={**candidates[chosen].info, **info})
+
+
+def _saved_of_noise(key, full, target, source) -> float:
+    """Share of the residual that the search of `full` removes where the bases differ by noise of the same size."""
+    ours = flatten(target)
+
+    def add_noise(path, leaf):
+        if not is_float(leaf):
+            return leaf
+        apart = np.asarray(ours[path], np.float32) - np.asarray(leaf, np.float32)
+        size = np.float32(np.sqrt(np.mean(np.square(apart, dtype=np.float64)))) if leaf.size else np.float32(0)
+        noise = np.asarray(jax.random.normal(named_key(key, path), leaf.shape, dtype=np.float32))
+        return (np.asarray(leaf, np.float32) + size * noise).astype(leaf.dtype)
+
+    noisy, source = full.fold(map_leaves(add_noise, source)), full.fold(source)
+    search = {name: prepare_full.__kwdefaults__[name] for name in ("head_cost", "weighting", "max_sweeps", "tolerance")}
+    found = match_weights(named_key(key, "search"), full.spec, noisy, source, **search)
+    before = measure_residual(full.spec, noisy, source)
+    after = measure_residual(full.spec, noisy, elements.apply(full.spec, found.element, source))
+    return 1 - after / before if before else 0.0

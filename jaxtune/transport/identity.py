@@ -21,4 +21,8 @@ def prepare_identity(key, symmetry: Symmetry, source: Params, finetuned: Params,
     """
     del key
     check_same({"source": source, "target": target})
-    return Prepared(task_vector=task_vector(source, finetuned), spec=symmetry())
+
+    def move(finetuned):
+        return task_vector(source, finetuned)
+
+    return Prepared(task_vector=move(finetuned), spec=symmetry(), move=move)

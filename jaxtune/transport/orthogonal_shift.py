@@ -26,7 +26,20 @@ def prepare_orthogonal_shift(key, symmetry: Symmetry, source: Params, finetuned:
     """
     del key
     check_same({"source": source, "target": target})
-    vector, shift = task_vector(source, finetuned), task_vector(source, target)
+    shift = task_vector(source, target)
+
+    def move(finetuned):
+        return _project_out(task_vector(source, finetuned), shift)[0]
+
+    vector = task_vector(source, finetuned)
+    moved, removed = _project_out(vector, shift)
+    kept = _norm(moved) / max(_norm(vector), np.finfo(np.float32).tiny)
+    info = {"kept_norm": kept, "projection": removed}
+    return Prepared(task_vector=moved, spec=symmetry(), info=info, move=move)
+
+
+def _project_out(vector, shift):
+    """(what remains, path -> share of the shift that was taken out)."""
     removed = {}
 
     def project_out(path, delta, along):
@@ -40,9 +53,7 @@ def prepare_orthogonal_shift(key, symmetry: Symmetry, source: Params, finetuned:
         removed[path] = float(share)
         return delta - share * along
 
-    moved = map_leaves(project_out, vector, shift)
-    kept = _norm(moved) / max(_norm(vector), np.finfo(np.float32).tiny)
-    return Prepared(task_vector=moved, spec=symmetry(), info={"kept_norm": kept, "projection": removed})
+    return map_leaves(project_out, vector, shift), removed
 
 
 def _norm(tree):

@@ -27,6 +27,7 @@ class Prepared:
         realise: Brings such weights back into a network that computes the same, given one for its layout; None
             where no network of the family can hold them.
         info: Plain values for the report: what the method chose and measured on its way.
+        move: The task vector of another fine-tune of the same source, moved the same way without aligning again.
     """
 
     task_vector: dict[str, Any]
@@ -35,6 +36,7 @@ class Prepared:
     fold: Callable[[Params], Params] = lambda params: params
     realise: Callable[[Params, Params], Params] | None = lambda params, like: params
     info: dict[str, Any] = field(default_factory=dict)
+    move: Callable[[Params], dict[str, Any]] | None = None
 
 
 def apply_transport(prepared: Prepared, target: Params, scale: float | Leaf = 1.0) -> dict[str, Any]:

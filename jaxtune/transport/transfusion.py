@@ -3,7 +3,7 @@
 from jaxtune.align.transfusion import match_transfusion
 from jaxtune.symmetry import element as elements
 from jaxtune.transport.prepared import Prepared, Symmetry
-from jaxtune.tree import task_vector
+from jaxtune.tree import check_same, task_vector
 from jaxtune.types import Params
 
 
@@ -23,10 +23,11 @@ def prepare_transfusion(
     repair_phase: bool = True,
     repair_backward: bool = True,
     repair_tolerance: bool = True,
+    repair_start: bool = True,
 ) -> Prepared:
     """Matches the old base to the new one as TransFusion does and moves the task vector along.
 
-    With the defaults, the paper's method with the faults of its released code repaired. All four
+    With the defaults, the paper's method with the faults of its released code repaired. All five
     `repair_*` False reproduce the released code; `junctions="shared", inside="separate"` turn it into
     an exact symmetry of the stock network, which the paper's element is not: its junctions disagree,
     and the target keeps plain skips. `coherence` in the evidence says by how much.
@@ -38,7 +39,7 @@ def prepare_transfusion(
         junctions: "each": one order of the stream per junction. "shared": one for all.
         inside: "joint": one order for the units of a head. "separate": one for QK and one for VO.
         order, max_sweeps, include_output_spectrum, repair_stop, repair_phase, repair_backward,
-            repair_tolerance: As in `align.transfusion.match_transfusion`.
+            repair_tolerance, repair_start: As in `align.transfusion.match_transfusion`.
 
     Raises:
         ConfigError: the family has no such spec (a network without attention).
@@ -48,7 +49,7 @@ def prepare_transfusion(
         Rinaldi et al. 2025, arXiv:2505.22697; steps 1 to 13 of its released code.
     """
     spec = symmetry(junctions=junctions, inside=inside)
-    vector = task_vector(source, finetuned)
+    check_same({"source": source, "finetuned": finetuned, "target": target})
     result = match_transfusion(
         key,
         spec,
@@ -61,9 +62,14 @@ def prepare_transfusion(
         repair_phase=repair_phase,
         repair_backward=repair_backward,
         repair_tolerance=repair_tolerance,
+        repair_start=repair_start,
     )
+
+    def move(finetuned):
+        return elements.apply(spec, result.element, task_vector(source, finetuned))
+
     return Prepared(
-        task_vector=elements.apply(spec, result.element, vector),
+        task_vector=move(finetuned),
         spec=spec,
         element=result.element,
         info={
@@ -71,4 +77,5 @@ def prepare_transfusion(
             "num_sweeps": result.num_sweeps,
             "reached_inside": result.reached_inside,
         },
+        move=move,
     )

@@ -1,0 +1,1 @@
+"""What the ladder of base pairs is made of."""
