@@ -49,5 +49,5 @@ def get_config():
     }
     c.finetune = dict(num_steps=150, batch_size=64, learning_rate=1e-3)
     c.num_test, c.num_support = 1000, 500
-    c.transition = dict(widths=(32, 64, 128, 256), num_steps=(200, 600, 1800), learning_rate=4e-3, num_pairs=2)
+    c.transition = dict(widths=(32, 64, 128), num_steps=(200, 600, 1800), learning_rate=4e-3, num_pairs=2)
     return c

@@ -11,6 +11,7 @@ from experiments.rungs.summary import judge_verdict, summarise_pair, summarise_r
 from experiments.workdir import Workdir
 from jaxtune.report.plots import has_plots, plot_lines, plot_points
 
+CONTROLS = ("random element", "random vector of the same norms", "full with its layers shuffled", "2 shots a class")
 METHODS = ("auto", "identity", "orthogonal_shift", "permutation", "transfusion", "full")
 
 
@@ -66,6 +67,7 @@ def render_page(result: Mapping[str, Any]) -> str:
     lines = []
     for model, rungs in result["rungs"].items():
         lines += [f"### {model}", "", _rung_table(rungs), "", _middle_table(rungs), ""]
+        lines += [_variant_table(rungs), ""] if result["config"]["variants"] else []
     lines += ["### What the weights alone say", "", _verdict_table(result["verdict"]), ""]
     if result["transition"]:
         lines += ["### Which bases can be connected", "", _transition_table(result["transition"]), ""]
@@ -142,13 +144,23 @@ def _rung_table(rungs):
         "support of B",
         "of auto",
     ]
-    controls = ("random element", "random vector of the same norms", "full with its layers shuffled", "2 shots a class")
     rows = []
     for name, rung in rungs.items():
-        shares = [_interval(rung["methods"].get(method, {}).get("recovered")) for method in (*METHODS, *controls)]
+        shares = [_interval(rung["methods"].get(method, {}).get("recovered")) for method in (*METHODS, *CONTROLS)]
         support = [_percent(rung["methods"][method]["support"]) for method in ("base", "auto")]
         rows.append([name, *shares, *support])
     return _markdown(header, rows)
+
+
+def _variant_table(rungs):
+    """Options of methods beside the methods as they are: whatever no other table shows."""
+    known = {*METHODS, "base", "ceiling", *CONTROLS}
+    variants = [name for name in next(iter(rungs.values()))["methods"] if name not in known]
+    rows = [
+        [name, *(_interval(rung["methods"][method]["recovered"]) for method in ("full", *variants))]
+        for name, rung in rungs.items()
+    ]
+    return _markdown(["rung", "full", *variants], rows)
 
 
 def _middle_table(rungs):
@@ -169,11 +181,13 @@ def _middle_table(rungs):
 
 
 def _verdict_table(verdicts):
-    header = ["pairs of", "number", *next(iter(verdicts.values()))["rank_correlation"], "wrong advice", "of which kin"]
+    header = ["pairs of", "number", *(f"rank correlation: {name}" for name in verdicts["all"]["rank_correlation"]),
+              "wrong advice of the lineage", "kin yet below half", "wrong advice of the residual"]  # fmt: skip
     rows = [
         [name, verdict["num_pairs"],
          *("" if value is None else f"{value:.2f}" for value in verdict["rank_correlation"].values()),
-         _percent(verdict["wrong_advice"]), verdict["kin_but_not_worth"]]
+         _percent(verdict["wrong_advice"]["lineage"]), verdict["kin_but_not_worth"],
+         _percent(verdict["wrong_advice"]["residual"])]
         for name, verdict in verdicts.items()
     ]  # fmt: skip
     return _markdown(header, rows)

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from jaxtune.transport.expectation import expect_recovery
+
 NUM_DRAWS = 10_000
 # Below this gap between the new base and its own fine-tune a share divides by noise (points of accuracy).
 SMALLEST_GAP = 0.10
@@ -106,7 +108,7 @@ def judge_verdict(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How well what the weights alone say predicts what `auto` recovers, over all pairs.
 
     "Wrong advice" is a verdict of kinship where less than `WORTH` of the gain arrives, or of "unrelated" where at
-    least that arrives.
+    least that arrives; of the residual, an expected share (`transport.expectation`) on the other side of `WORTH`.
     """
     used = [pair for pair in pairs if pair["methods"]["auto"]["recovered"] is not None]
     recovered = np.array([pair["methods"]["auto"]["recovered"] for pair in used])
@@ -117,10 +119,14 @@ def judge_verdict(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     is_kin = np.array([pair["verdict"]["verdict"] != "unrelated" for pair in used])
     is_worth = recovered >= WORTH
+    expected = np.array([np.mean(expect_recovery(pair["residuals"][pair["chosen"]])) for pair in used])
     return {
         "num_pairs": len(used),
         "rank_correlation": {name: _rank_correlation(values, recovered) for name, values in evidence.items()},
-        "wrong_advice": float(np.mean(is_kin != is_worth)),
+        "wrong_advice": {
+            "lineage": float(np.mean(is_kin != is_worth)),
+            "residual": float(np.mean((expected >= WORTH) != is_worth)),
+        },
         "kin_but_not_worth": int(np.sum(is_kin & ~is_worth)),
         "unrelated_but_worth": int(np.sum(~is_kin & is_worth)),
         "num_kin": int(np.sum(is_kin)),

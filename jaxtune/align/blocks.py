@@ -13,9 +13,9 @@ import numpy as np
 from jaxtune.align.assignment import score_of, solve_assignment, solve_assignments
 from jaxtune.align.bases import centred_polar_factor, inside_objective, polar_factor, solve_inside
 from jaxtune.align.factors import Pairing, solve_order, solve_scales, solve_signs
-from jaxtune.align.heads import exact_scores, head_leaves, inside_scores
+from jaxtune.align.heads import exact_scores, head_leaves, inside_scores, pair_tables
 from jaxtune.align.lengths import unit_squares
-from jaxtune.align.problem import Problem, Weights, slot_tables
+from jaxtune.align.problem import Problem, Weights
 from jaxtune.align.products import add_unit_scores, unit_scores
 from jaxtune.errors import SpecError
 from jaxtune.symmetry import element as elements
@@ -125,18 +125,19 @@ def _solve_linear_heads(problem, name, element, weights, *, is_start):
     """Heads by their circuits, which no basis inside a head changes; then the basis inside each."""
     spec = problem.spec
     alone = _unit_sum(problem, name, element, _without_units(spec, name, weights))
+    # One product for every pair of heads serves the circuits and, for any order, what is inside matched heads.
+    pairs = pair_tables(spec, name, element, problem.target, problem.source)
     if problem.head_cost == "spectral":
         order = problem.spectral_order(name)
     else:
-        order = solve_assignment(problem.circuit_scores(name, element) + alone)
+        order = solve_assignment(problem.circuit_scores(name, element, pairs=pairs) + alone)
 
     sides = {child: problem.sides(name, child, weights) for child in spec.children_of(name)}
 
     def move_to(order, *, keep):
         values, score = {name: order}, score_of(alone, order)
-        standing = {**element, name: order}
         for child in spec.children_of(name):
-            cross, (source, target) = _cross(problem, name, child, standing, weights), sides[child]
+            cross, (source, target) = _cross(spec, child, pairs, order, weights), sides[child]
             source = source.reorder(order)
             current = element[child] if keep else np.broadcast_to(np.eye(cross[0].shape[-1]), cross[0].shape)
             values[child], scores = solve_inside(cross, source, target, current)
@@ -146,16 +147,20 @@ def _solve_linear_heads(problem, name, element, weights, *, is_start):
     old = score_of(alone, element[name])
     for child in spec.children_of(name):
         grams = sides[child][0].reorder(element[name]).grams
-        old += inside_objective(element[child], _cross(problem, name, child, element, weights), grams).sum()
+        old += inside_objective(element[child], _cross(spec, child, pairs, element[name], weights), grams).sum()
     moves = [move_to(order, keep=False)] + ([] if is_start else [move_to(element[name], keep=True)])
     score, values = max(moves, key=lambda move: move[0])
     return float(score - old), values
 
 
-def _cross(problem, head, child, element, weights):
+def _cross(spec, child, pairs, order, weights):
     """`X_A^T X_B` and `Y_A^T Y_B` of matched heads: the closed forms want the source's units as rows."""
-    tables = slot_tables(problem.spec, head, child, element, problem.target, problem.source, weights)
-    return tuple(np.swapaxes(table, -1, -2) for table in tables)
+    tables, slots = [0.0, 0.0], np.arange(len(order))
+    for path, unit_axis in spec.leaves_of(child):
+        if path in weights:
+            tables[spec.axes[path][unit_axis].dual] += weights[path] * pairs[path][slots, order].astype(np.float64)
+    empty = np.zeros((len(order), *(spec.groups[child].size,) * 2))
+    return tuple(np.swapaxes(table + empty, -1, -2) for table in tables)
 
 
 def _unit_sum(problem, name, element, weights):

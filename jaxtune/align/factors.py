@@ -81,9 +81,9 @@ def best_scales(plain: np.ndarray, dual: np.ndarray, own_plain: np.ndarray, own_
 
     Where it is stationary, `own_plain s^4 - plain s^3 + dual s - own_dual = 0`. All positive roots lie between
     `plain / own_plain`, the best scale of the one side, and `own_dual / dual`, that of the other (0 and infinity
-    where a product is negative); where there are three, the outer two are maxima. So two searches start from the two ends, each a Newton iteration in `log s`
-    that halves its bracket where a step would leave it, and the better one counts. Scales stay within a factor of
-    1000; one that nothing determines is 1.
+    where a product is negative); where there are three, the outer two are maxima. So two searches start from the two
+    ends, each a Newton iteration in `log s` that halves its bracket where a step would leave it, and the better one
+    counts. Scales stay within a factor of 1000; one that nothing determines is 1.
 
     Shapes:
         all arguments: float64[...], alike; the last two at least 0. returns: float64[...].

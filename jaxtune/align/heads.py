@@ -84,7 +84,9 @@ def circuit_scores(
     element: Element,
     target: Mapping[str, Leaf],
     source: Mapping[str, Leaf],
+    *,
     norms: Mapping[str, np.ndarray] | None = None,
+    pairs: Mapping[str, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Cosine of the QK circuit plus cosine of the VO circuit, for every pair of heads.
 
@@ -99,6 +101,7 @@ def circuit_scores(
         element: Where the residual stream stands.
         target, source: Flat trees, path -> leaf.
         norms: Of the circuits, as `circuit_norms` gives; no element changes them, so one call serves a search.
+        pairs: As `pair_tables` gives, where the caller has them already.
 
     Shapes:
         returns: float64[target heads, source heads], within [-n, n] for n groups inside.
@@ -107,10 +110,26 @@ def circuit_scores(
         SpecError: QK and VO share one group of units inside the head, so there are no two circuits.
     """
     norms = norms or circuit_norms(spec, head, target, source)
+    pairs = pairs or pair_tables(spec, head, element, target, source)
     total = np.zeros((spec.groups[head].size,) * 2)
     for child in spec.children_of(head):
-        total += _circuit_products(spec, head, child, element, target, source) / norms[child]
+        total += _circuit_products(spec, child, pairs) / norms[child]
     return total
+
+
+def pair_tables(
+    spec: Spec, head: str, element: Element, target: Mapping[str, Leaf], source: Mapping[str, Leaf]
+) -> dict[str, np.ndarray]:
+    """Inner products of the units inside every pair of heads, leaf by leaf; neither heads nor units are moved.
+
+    Shapes:
+        returns: path -> float32[target heads, source heads, units, units].
+    """
+    return {
+        path: np.asarray(pair_scores(spec, element, path, head_axis, unit_axis, target[path], source[path]))
+        for path, head_axis, unit_axis in head_leaves(spec, head)
+        if path not in spec.unmatched
+    }
 
 
 def circuit_norms(
@@ -125,25 +144,21 @@ def circuit_norms(
         SpecError: QK and VO share one group of units inside the head, so there are no two circuits.
     """
     norms, still = {}, elements.identity(spec)
+    own = [pair_tables(spec, head, still, tree, tree) for tree in (target, source)]
     for child in spec.children_of(head):
         if spec.groups[child].role not in ("qk", "vo"):
             raise SpecError(f"group {child}: circuits need QK and VO in groups of their own, not one for both.")
-        ours, theirs = (
-            np.sqrt(np.maximum(np.diag(_circuit_products(spec, head, child, still, tree, tree)), 0.0))
-            for tree in (target, source)
-        )
+        ours, theirs = (np.sqrt(np.maximum(np.diag(_circuit_products(spec, child, pairs)), 0.0)) for pairs in own)
         norms[child] = np.maximum(ours[:, None] * theirs[None], np.finfo(np.float64).tiny)
     return norms
 
 
-def _circuit_products(spec, head, child, element, rows, columns):
-    """Inner products of the circuits of every pair of heads, those of `columns` moved by the element."""
+def _circuit_products(spec, child, pairs):
+    """Inner products of the circuits of every pair of heads."""
     sides = {False: 0.0, True: 0.0}
-    for path, head_axis, unit_axis in head_leaves(spec, head):
-        axis = spec.axes[path][unit_axis]
-        if axis.group == child and path not in spec.unmatched:
-            products = pair_scores(spec, element, path, head_axis, unit_axis, rows[path], columns[path])
-            sides[axis.dual] += np.asarray(products, np.float64)
+    for path, unit_axis in spec.leaves_of(child):
+        if path in pairs:
+            sides[spec.axes[path][unit_axis].dual] += pairs[path].astype(np.float64)
     return (sides[False] * sides[True]).sum(axis=(2, 3))
 
 

@@ -77,11 +77,12 @@ class Problem:
             self._spectral[head] = solve_assignment(spectral_scores(self.spec, head, self.target, self.source))
         return self._spectral[head]
 
-    def circuit_scores(self, head: str, element) -> np.ndarray:
+    def circuit_scores(self, head: str, element, *, pairs: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """`heads.circuit_scores`; the norms of the circuits are taken once."""
         if head not in self._norms:
             self._norms[head] = circuit_norms(self.spec, head, self.target, self.source)
-        return circuit_scores(self.spec, head, element, self.target, self.source, self._norms[head])
+        norms = self._norms[head]
+        return circuit_scores(self.spec, head, element, self.target, self.source, norms=norms, pairs=pairs)
 
     def balanced_scales(self) -> list[dict[str, np.ndarray]]:
         """Scales after which each unit of the target and of the source is as long on both sides; taken once."""

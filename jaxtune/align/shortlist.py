@@ -144,7 +144,8 @@ def _solve_listed(score, listed, order, profits, prices, scale):
     """
     size, quantum = len(score), scale * QUANTUM
     known = np.arange(size) * size + order
-    listed = np.union1d(listed, known)
+    at = np.minimum(np.searchsorted(listed, known), len(listed) - 1)
+    listed = np.sort(np.concatenate([listed, known[listed[at] != known]]), kind="stable")
     row, column = np.divmod(listed, size)
     # What a pair is worth beyond the prices: near zero along a good assignment, which the solver likes.
     worth = np.round((score.ravel()[listed] - profits[row] - prices[column]) / quantum)

@@ -17,9 +17,6 @@ from jaxtune.transport.prepared import Prepared, Symmetry
 from jaxtune.tree import flatten, is_float, map_leaves
 from jaxtune.types import Params
 
-# What `full` must save of the residual between kin, in units of what it saves of noise.
-CLEARLY = 1.1
-
 
 def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, target: Params) -> Prepared:
     """Plain addition, permutation or the full group, by what each leaves between the bases.
@@ -27,8 +24,9 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
     Between kin that never drifted far, plain addition carries most of a fine-tune and moving anything can only lose;
     between kin that did, and between strangers, the larger group carries more. Both show in the residual
     `||target - g(source)|| / ||target||`, taken on folded weights for all three, so that they compare like with
-    like. A continuous group finds something to fit in any difference, so between kin `full` must save clearly more
-    than it saves where the difference is noise of the same size, leaf by leaf.
+    like. A continuous group finds something to fit in any difference, so between kin `full` must save more than
+    it saves where the difference is noise of the same size, leaf by leaf. (Where both are about equal the choice hardly
+    matters: see docs/ladder.md.)
 
     Args:
         key: Draws the random elements that kinship is judged against, and the noise.
@@ -70,7 +68,7 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
         if saved > 0 and lineage.verdict == "related":
             by_chance = _saved_of_noise(named_key(key, "noise"), judge, target, simple[chosen])
             info = {"saved": saved, "saved_of_noise": by_chance}
-            saved -= CLEARLY * by_chance
+            saved -= by_chance
         if saved > 0:
             chosen = "full"
     info |= {"chosen": chosen, "because": dataclasses.asdict(lineage), "residuals": residuals, "full_refused": refused}
