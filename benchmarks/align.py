@@ -7,7 +7,7 @@ and independent weights. Every row is a process of its own with one LAPACK threa
 "first" holds the compilation, "warm" repeats the call; both block on the result. Memory is the process's peak
 over the runtime with JAX started, first of all, then over that with both networks loaded.
 
-Measured 2026-11-21 on two CPU cores with no other load of ours, jax 0.10.2, numpy 2.4.6, float32; seconds and MiB:
+Measured 2026-11-21 on two CPU cores, background work paused, jax 0.10.2, numpy 2.4.6, float32; seconds and MiB:
 
     row                      first   warm  sweeps  over bare  over loaded  recovered  plain loop, 2 sweeps
     planted/weights            4.5    3.9       1        959          301      100 %                  10.4
@@ -17,9 +17,9 @@ Measured 2026-11-21 on two CPU cores with no other load of ours, jax 0.10.2, num
     independent/transfusion   17.8   16.8      11       1189          531                             25.6
     independent/full          58.9   57.3       9       1125          466
 
-The loop of "weights" ends by itself after these two sweeps where there is a planted element; that of "transfusion"
-needs more. Both networks are 658 MiB of the first column of memory. About a quarter of the second is freed memory that
-glibc keeps: with MALLOC_MMAP_THRESHOLD_=1048576 in the environment the worst row but for "full" falls from 1189 to 936.
+The plain loops were stopped after two sweeps, before their end. Both networks are 658 MiB of the first column of
+memory. Part of the second is freed memory that glibc keeps: with MALLOC_MMAP_THRESHOLD_=1048576 in the environment
+independent/transfusion falls from 1189 to 936.
 """
 
 import argparse

@@ -6,7 +6,7 @@ A ViT of width 64 and depth 4 on 28 x 28 images; every call is warm and reads it
 `evaluate_scales`, whose one program takes the scales in turns on a CPU; "vmapped" is the same with all 21 side by
 side; "many" makes and evaluates one model at a time, compiled once.
 
-Measured 2026-11-21 on two CPU cores with no other load of ours, jax 0.10.2; medians of 5, seconds:
+Measured 2026-11-21 on two CPU cores, background work paused, jax 0.10.2; medians of 5, seconds:
 
     row        median    min    max    first
     one         1.143  1.119  1.429    3.212
@@ -15,8 +15,8 @@ Measured 2026-11-21 on two CPU cores with no other load of ours, jax 0.10.2; med
     import      0.025  0.025  0.025
     help        0.039  0.039  0.039
 
-One program is 1.12 times as fast as 21 evaluations. Side by side the models are slower on a CPU: their weights and
-activations no longer fit into its caches.
+One program is 1.12 times as fast as 21 evaluations. Side by side the models are slower on a CPU, presumably because
+their weights and activations no longer fit into its caches.
 """
 
 import argparse

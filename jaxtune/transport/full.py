@@ -37,7 +37,7 @@ def prepare_full(
         source, finetuned, target: Old base, its fine-tune, new base; one architecture.
         head_cost, weighting, num_restarts, max_sweeps: As in `align.weights.match_weights`.
         tolerance: The same. Rotations creep: between unrelated networks 1e-6 takes 64 sweeps where 1e-3 takes 9, for
-            0.8 % of the objective; where there is an element to be found, one sweep finds it under either.
+            0.8 % of the objective; where there is an element to be found, two sweeps find it under either.
         trust: Power of each block's cosine that the moved update is multiplied by, see `transport.trust`; 0: none.
 
     Returns:
