@@ -2,9 +2,9 @@
 
     python -m experiments.ladder --config=configs/ladder_small.py --workdir=runs/ladder_small
 
-The bases learn drawn digits and letters; the tasks are real handwritten digits, letters turned by 90 degrees and
-letters never seen. Two pairs make no interval worth the name: this is to see the machinery work and the direction of
-the numbers. configs/ladder.py is the measurement.
+About three minutes on two CPU cores. The bases learn drawn digits and letters; the tasks are real handwritten digits,
+letters turned by 90 degrees and letters never seen. Two pairs make no interval worth the name: this is to see the
+machinery work and the direction of the numbers. configs/ladder.py is the measurement.
 """
 
 import ml_collections
