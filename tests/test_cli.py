@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,6 +72,7 @@ def test_a_fine_tune_arrives_on_a_reordered_copy(models, run, tmp_path):
     code, out, err = run(*transport(models, tmp_path / "out", target=models["copy"]))
     assert code == 0, err
     assert "lineage of the bases" in out
+    assert re.search(r"expected share of the fine-tuning gain +97 to 100 %", out)
     assert "the same function" in out
     carried, tuned = jt.load(tmp_path / "out"), jt.load(models["tuned"])
     images = {"image": np.random.default_rng(0).random((4, 8, 8, 1), np.float32)}

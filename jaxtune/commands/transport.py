@@ -135,7 +135,7 @@ def _rows(report):
     if report["evidence"]:
         low, high = report["expected"]
         rows.append(
-            {"what": "expected share of the fine-tuning gain", "value": f"{100 * low:.0f} to {100 * high:.0f} %"}
+            {"what": "expected share of the fine-tuning gain", "value": f"{round(100 * low)} to {round(100 * high)} %"}
         )
         rows += evidence_rows(report["evidence"], report["equivalence"])
     if report["evidence"] and report["equivalence"] is None and "num_sweeps" in report["info"]:
