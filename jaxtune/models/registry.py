@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from jaxtune.errors import ConfigError
-from jaxtune.models import clip, mlp, resnet, vit
+from jaxtune.models import clip, hub, mlp, resnet, vit
 from jaxtune.models.config import from_fields, to_fields
+from jaxtune.models.keys import KeyTable
 from jaxtune.symmetry import Spec
 from jaxtune.types import Params
 
@@ -25,6 +26,8 @@ class Family:
         symmetry: (config, **options) -> spec.
         apply_train: (config, params, batch) -> (outputs, params with new statistics); None without statistics.
         is_trainable: (config, path) -> bool; None where every leaf is.
+        example: (key, config, size) -> batch: inputs to compare two networks on when there is no data.
+        as_matrix: Outputs -> float[N, K], for the same; None where they are one.
     """
 
     config: type
@@ -33,6 +36,8 @@ class Family:
     symmetry: Callable[..., Spec]
     apply_train: Callable[..., tuple[Any, dict[str, Any]]] | None = None
     is_trainable: Callable[[Any, str], bool] | None = None
+    example: Callable[..., dict[str, Any]] | None = None
+    as_matrix: Callable[[Any], Any] | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -61,18 +66,29 @@ def config_from_dict(values: Mapping[str, Any]) -> Any:
 
     Raises:
         ConfigError: no or an unknown "model_type", an unknown or a missing key, or a value that makes no sense.
+
+    The config.json of a family of another library (`models.hub`) gives the native config that computes the same.
     """
-    known = ", ".join(FAMILIES)
+    if hub.is_stored_family(values):
+        return hub.read_stored_config(values)
+    known = ", ".join([*FAMILIES, *sorted(hub.MODULES)])
     if "model_type" not in values:
         raise ConfigError(f'the config has no "model_type", which says what network it describes. Known: {known}.')
     model_type = values["model_type"]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConfigError(
-            f"unknown model_type {model_type!r}. Known: {known}. "
-            "Checkpoints of the Hugging Face families are not read yet."
-        )
+        raise ConfigError(f"unknown model_type {model_type!r}. Known: {known}.")
     fields = {key: value for key, value in values.items() if key != "model_type"}
     return from_fields(FAMILIES[model_type].config, fields)
+
+
+def read_stored(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Any, KeyTable | None]:
+    """(our config, key table) of a checkpoint; the table is None for our own families, whose tensors are named by path.
+
+    Raises:
+        ConfigError: as `config_from_dict`.
+    """
+    config = config_from_dict(values)
+    return config, hub.stored_key_table(config, values, tensors) if hub.is_stored_family(values) else None
 
 
 def init(key: jax.Array, config: Any) -> dict[str, Any]:

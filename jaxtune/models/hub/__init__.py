@@ -1,0 +1,49 @@
+"""The families of other libraries: from their config.json and their tensors to ours.
+
+A family is one module here with two functions: `read_config(values)` gives one of our configs, or refuses by name
+what it cannot do exactly; `key_table(config, values, names)` gives the table between its tensors and our tree.
+"""
+
+import importlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxtune.errors import ConfigError
+from jaxtune.models.keys import KeyTable
+
+# model_type in config.json -> module. A module loads when a checkpoint of its family is read.
+MODULES: dict[str, str] = {}
+
+
+def is_stored_family(values: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a family read through a key table."""
+    return _module_name(values) is not None
+
+
+def read_stored_config(values: Mapping[str, Any]) -> Any:
+    """Our config of a checkpoint of another library.
+
+    Raises:
+        ConfigError: an unknown family, or a field that changes the function and is not supported; names it.
+    """
+    return _module_of(values).read_config(values)
+
+
+def stored_key_table(config: Any, values: Mapping[str, Any], names: Collection[str]) -> KeyTable:
+    """Between the tensors `names` and our tree."""
+    return _module_of(values).key_table(config, values, names)
+
+
+def _module_name(values):
+    model_type = values.get("model_type")
+    return MODULES.get(model_type) if isinstance(model_type, str) else None
+
+
+def _module_of(values):
+    name = _module_name(values)
+    if name is None:
+        raise ConfigError(
+            f"unknown model_type {values.get('model_type')!r}. Families read from other libraries: "
+            f"{', '.join(sorted(MODULES)) or 'none'}."
+        )
+    return importlib.import_module(f"jaxtune.models.hub.{name}")

@@ -1,0 +1,228 @@
+"""Tables between a checkpoint's own tensors and our tree: every tensor used once, every leaf filled once.
+
+A row names stored tensors, our leaves and how the axes of one become the axes of the other, in the notation of
+einops (Rogozhnikov 2022): `"(head unit) width -> width head unit"` reads torch's `Linear` weight [out, in] as a kernel
+with heads. Both directions come from the one row, so what was read is written back byte for byte.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxtune.errors import TreeMismatchError
+from jaxtune.tree import MAX_LINES, flatten, unflatten
+from jaxtune.types import Leaf, Params
+
+LINEAR = "out in -> in out"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One or several stored tensors and the leaves that hold the same numbers.
+
+    One tensor and one leaf: `pattern` alone. One tensor and several leaves (fused projections): the tensor, after
+    `before`, is cut along its first axis into parts of `sizes`, and each part goes through `pattern`. Several tensors
+    and one leaf (experts stored one by one): each goes through `pattern`, and they are stacked along a new first axis.
+
+    Attributes:
+        stored: Name or names of stored tensors.
+        paths: Path or paths of our leaves.
+        pattern: "stored axes -> our axes"; a group "(a b)" is one axis that holds both, the later faster. "" leaves
+            the axes as they are. "1" on the left is an axis of length 1 that is dropped.
+        dims: Length of every named axis that stands in a group, save one a group.
+        sizes: Lengths of the parts along the first axis, one per path.
+        before: Pattern that brings the axis to cut to the front.
+    """
+
+    stored: str | tuple[str, ...]
+    paths: str | tuple[str, ...]
+    pattern: str = ""
+    dims: Mapping[str, int] = field(default_factory=dict)
+    sizes: tuple[int, ...] = ()
+    before: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Stored names, as a tuple."""
+        return (self.stored,) if isinstance(self.stored, str) else self.stored
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Paths, as a tuple."""
+        return (self.paths,) if isinstance(self.paths, str) else self.paths
+
+    def decode(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Our leaves from the stored tensors; views, except of what is stacked."""
+        if len(self.leaves) > 1:
+            whole = rearrange(tensors[self.names[0]], self.before, self.dims)
+            if not whole.ndim or len(whole) != sum(self.sizes):
+                raise ValueError(f"the first axis of {list(whole.shape)} should be {sum(self.sizes)} long")
+            parts = np.split(whole, np.cumsum(self.sizes)[:-1])
+            return dict(zip(self.leaves, (rearrange(part, self.pattern, self.dims) for part in parts), strict=True))
+        parts = [rearrange(tensors[name], self.pattern, self.dims) for name in self.names]
+        return {self.leaves[0]: parts[0] if isinstance(self.stored, str) else np.stack(parts)}
+
+    def encode(self, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+        """The stored tensors from our leaves."""
+        back = reverse(self.pattern)
+        if len(self.leaves) > 1:
+            parts = [rearrange(np.asarray(leaves[path]), back, self.dims) for path in self.leaves]
+            # Groups of the way back are as long as they were: all lengths of `before` are in `dims` or whole axes.
+            return {self.names[0]: rearrange(np.concatenate(parts), reverse(self.before), self.dims)}
+        whole = np.asarray(leaves[self.leaves[0]])
+        parts = [whole] if isinstance(self.stored, str) else whole
+        return {name: rearrange(part, back, self.dims) for name, part in zip(self.names, parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """How one checkpoint's tensors become our tree and come back.
+
+    Attributes:
+        rows: Every stored tensor and every leaf in exactly one row.
+        ties: Stored name -> the stored name that it repeats (a tied output layer that is stored as well): must be
+            equal when read, is written from the same leaf.
+        ignored: Regular expressions of stored names that are no weights (position ids, rotary frequencies, causal
+            masks): left out of the tree, carried along as they are.
+    """
+
+    rows: tuple[Row, ...]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a stored name is carried along and not read."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Checks the table against the names of a checkpoint, both ways.
+
+        Raises:
+            TreeMismatchError: names that no row reads, and rows that find nothing.
+        """
+        names = set(names)
+        known = [name for row in self.rows for name in row.names]
+        paths = [path for row in self.rows for path in row.leaves]
+        twice = (
+            {name for group in (known, paths) for name in group if group.count(name) > 1}
+            if (len(set(known)) < len(known) or len(set(paths)) < len(paths))
+            else set()
+        )
+        lines = [f"  {name}: twice in the key table" for name in sorted(twice)]
+        lines += [
+            f"  {name}: in the file, not known to this family"
+            for name in sorted(names - set(known) - set(self.ties))
+            if not self.is_ignored(name)
+        ]
+        lines += [f"  {name}: expected, not in the file" for name in known if name not in names]
+        if lines:
+            more = [f"  ... and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+            raise TreeMismatchError(
+                f"the tensors are not this family's in {len(lines)} places:\n"
+                + "\n".join(lines[:MAX_LINES] + more)
+                + "\nEvery tensor must be understood: a name left over may carry weights that would be lost. Check "
+                '"model_type" and "architectures" in config.json.'
+            )
+
+    def decode(self, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Our tree of a checkpoint's tensors.
+
+        Raises:
+            TreeMismatchError: as `check`; a tensor of another shape than its row says; tied names that differ.
+        """
+        self.check(tensors)
+        for name, original in self.ties.items():
+            if name in tensors and not np.array_equal(_bits(tensors[name]), _bits(tensors[original])):
+                raise TreeMismatchError(
+                    f"{name} and {original} are tied by config.json and differ in the file. "
+                    'Set "tie_word_embeddings" to false if they are meant to differ, or drop one.'
+                )
+        leaves: dict[str, np.ndarray] = {}
+        for row in self.rows:
+            try:
+                leaves |= row.decode(tensors)
+            except ValueError as error:
+                shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in row.names[:3])
+                raise TreeMismatchError(
+                    f"{shapes}: does not read as {row.pattern or 'it is'} with {dict(row.dims)}: {error}. "
+                    "The sizes in config.json are not those of the tensors."
+                ) from error
+        return unflatten(leaves)
+
+    def encoder(self, params: Params, carried: Mapping[str, np.ndarray]) -> Callable[[str], np.ndarray]:
+        """Stored name -> its tensor, row by row: what lies in several leaves is joined when it is asked for.
+
+        Args:
+            params: Our tree.
+            carried: Stored tensors that are ignored, as they came.
+
+        Raises:
+            TreeMismatchError: the tree has other leaves than the table.
+        """
+        leaves = flatten(params)
+        paths = {path for row in self.rows for path in row.leaves}
+        if paths != leaves.keys():
+            odd = sorted(paths ^ leaves.keys())
+            raise TreeMismatchError(
+                f"the tree differs from the checkpoint's in {len(odd)} paths: {', '.join(odd[:MAX_LINES])}. "
+                "Write a tree of another architecture as a fresh checkpoint: jaxtune.save(path, params, config=...)."
+            )
+        row_of = {name: row for row in self.rows for name in row.names}
+
+        def tensor_of(name):
+            name = self.ties.get(name, name)
+            return row_of[name].encode(leaves)[name] if name in row_of else carried[name]
+
+        return tensor_of
+
+
+def rearrange(tensor: np.ndarray, pattern: str, dims: Mapping[str, int] | None = None) -> np.ndarray:
+    """Splits, moves and joins axes: a view where NumPy can make one.
+
+    Raises:
+        ValueError: the tensor does not have the axes that the pattern says.
+    """
+    if not pattern:
+        return tensor
+    left, right = _parse(pattern)
+    if tensor.ndim != len(left):
+        raise ValueError(f"{tensor.ndim} axes where {pattern.split('->')[0].strip()!r} has {len(left)}")
+    lengths: dict[str, int] = {}
+    for group, size in zip(left, tensor.shape, strict=True):
+        known = math.prod((dims or {})[name] for name in group if name in (dims or {}))
+        free = [name for name in group if name not in (dims or {})]
+        if len(free) > 1 or (not free and known != size) or size % known:
+            raise ValueError(f"an axis of {size} is not ({' '.join(group)}) with {dict(dims or {})}")
+        lengths |= {name: (dims or {})[name] for name in group if name in (dims or {})}
+        lengths |= {name: size // known for name in free}
+    names = [name for group in left for name in group]
+    tensor = tensor.reshape([lengths[name] for name in names])
+    order = [names.index(name) for group in right for name in group]
+    if sorted(order) != list(range(len(names))):
+        raise ValueError(f"{pattern!r} names different axes on its two sides")
+    return tensor.transpose(order).reshape([math.prod(lengths[name] for name in group) for group in right])
+
+
+def reverse(pattern: str) -> str:
+    """The pattern of the way back."""
+    return " -> ".join(reversed([side.strip() for side in pattern.split("->")])) if pattern else ""
+
+
+def _parse(pattern):
+    """Axes of both sides, each a tuple of names; a bare "1" is a group of none."""
+    sides = []
+    for side in pattern.split("->"):
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", side)
+        sides.append(
+            [tuple(many.split()) if many or not one else (() if one == "1" else (one,)) for many, one in groups]
+        )
+    return sides
+
+
+def _bits(tensor):
+    """Bytes, so that NaN equals itself and dtypes are compared."""
+    return np.ascontiguousarray(tensor).view(np.uint8)
