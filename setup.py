@@ -12,6 +12,9 @@ version = next(
 )
 
 REPORT = ["matplotlib>=3.8", "tensorboardX>=2.6.2"]
+# What parity with other libraries is tested against; nothing of ours imports them. A version of torch of its own, so that
+# an index of CPU builds decides which build it is.
+ORACLES = ["torch==2.13.0", "transformers>=5.0", "peft>=0.17"]
 TFDS = ["tensorflow-datasets>=4.9.7", "grain>=0.2.7"]
 
 setup(
@@ -37,7 +40,16 @@ setup(
     extras_require={
         "report": REPORT,
         "tfds": TFDS,
-        "dev": [*REPORT, *TFDS, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5", "scikit-learn>=1.5"],
+        "dev": [
+            *REPORT,
+            *TFDS,
+            *ORACLES,
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.8",
+            "safetensors>=0.5",
+            "scikit-learn>=1.5",
+        ],
     },
     entry_points={"console_scripts": ["jaxtune=jaxtune.cli:run_program"]},
 )

@@ -18,7 +18,7 @@ from jaxtune.version import __version__
 
 # Calls, and the module that each lives in.
 _CALLS = {
-    "load": "jaxtune.checkpoint",
+    "load": "jaxtune.loading",
     "save": "jaxtune.checkpoint",
     "task_vector": "jaxtune.tree",
     "apply_task_vector": "jaxtune.tree",

@@ -18,13 +18,14 @@ from jaxtune.align.evidence import MatchEvidence, judge_match
 from jaxtune.align.registry import METHODS as ALIGN_METHODS
 from jaxtune.align.registry import find_element
 from jaxtune.align.weights import match_weights
-from jaxtune.checkpoint import Checkpoint, load
+from jaxtune.checkpoint import Checkpoint
 from jaxtune.data.source import open_source
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
 from jaxtune.evaluate.equivalence import Equivalence, check_equivalence
 from jaxtune.evaluate.example import apply_to_matrix, example_batch
 from jaxtune.interpolate.line import interpolate_linear
+from jaxtune.loading import load
 from jaxtune.models import registry
 from jaxtune.rng import named_key
 from jaxtune.symmetry import Spec

@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face families with random weights, made from their own configs; what parity is tested on."""
+"""Checkpoints of the Hugging Face families with random weights, made from their own configs, for parity tests."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from jaxtune.tree import flatten
 
 
 def randomise(model, seed):
-    """Every parameter and buffer with signal: no zero biases, no equal gains. In place; returns the model in eval mode."""
+    """Every parameter with signal: no zero biases, no equal gains. In place; returns the model in eval mode."""
     import torch
 
     draw = torch.Generator().manual_seed(seed)
@@ -57,5 +57,5 @@ def assert_round_trip(folder):
     tensor_of = table.encoder(params, tensors)
     for name, tensor in tensors.items():
         again = tensor_of(name)
-        assert again.dtype == tensor.dtype and again.shape == tensor.shape, name
+        assert (again.dtype, again.shape) == (tensor.dtype, tensor.shape), name
         assert np.ascontiguousarray(again).tobytes() == np.ascontiguousarray(tensor).tobytes(), name

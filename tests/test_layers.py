@@ -31,9 +31,11 @@ MAY_IMPORT = {
 ALL_ABOVE = tuple(MAY_IMPORT)
 for room in ("stream", "train", "evaluate"):
     MAY_IMPORT[room] = ALL_ABOVE
+MAY_IMPORT["loading"] = (*GROUND, "symmetry", "models", "checkpoint")  # where the two meet
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate")
 for room in ("api", "commands", "demo", "cli", "__init__", "__main__"):
-    MAY_IMPORT[room] = (*ALL_ABOVE, "stream", "train", "evaluate", "report", "api", "commands", "demo", "cli")
+    above = ("stream", "train", "evaluate", "loading", "report", "api", "commands", "demo", "cli")
+    MAY_IMPORT[room] = (*ALL_ABOVE, *above)
 
 # Packages from outside -> rooms that may import them. Not listed: the standard library, jax, numpy.
 OUTSIDE = {

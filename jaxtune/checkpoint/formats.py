@@ -52,11 +52,14 @@ class Layout:
         files: In the order in which they are written.
         config: The bytes of config.json; `None` where the config is inside a file of tensors.
         index: The bytes of the index of shards; `None` where there is none.
+        codec: Between the stored tensors and a tree with other names and axes (`models.keys.Codec`): `encoder(params)`
+            gives stored name -> tensor, `leaves` the tree's own dtypes and shapes. `None` where names are paths.
     """
 
     files: tuple[StoredFile, ...]
     config: bytes | None = None
     index: bytes | None = None
+    codec: Any = None
 
     @property
     def tensors(self) -> dict[str, Any]:

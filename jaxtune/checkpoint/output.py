@@ -113,11 +113,11 @@ def check_fits(params: Params, layout: Layout) -> None:
         TreeMismatchError: lists what differs.
         CheckpointError: a leaf's dtype is never converted to the stored one.
     """
-    leaves, stored = flatten(params), layout.tensors
+    leaves, stored = flatten(params), layout.codec.leaves if layout.codec else layout.tensors
     lines = [f"  {name}: only in the result" for name in leaves.keys() - stored.keys()]
     lines += [f"  {name}: only in the layout" for name in stored.keys() - leaves.keys()]
     for name in leaves.keys() & stored.keys():
-        if tuple(leaves[name].shape) != stored[name].shape:
+        if tuple(leaves[name].shape) != tuple(stored[name].shape):
             lines.append(f"  {name}: result {describe_leaf(leaves[name])}, layout {describe_leaf(stored[name])}")
     if lines:
         hidden = len(lines) - MAX_LINES
@@ -138,10 +138,11 @@ def write_checkpoint(
         CheckpointError: a value does not fit the stored dtype, or a side file can no longer be read.
         OSError: the disk refused.
     """
-    leaves, stored = flatten(params), layout.tensors
+    stored = layout.tensors
+    tensor_of = layout.codec.encoder(params) if layout.codec else flatten(params).__getitem__
 
     def leaf_of(name):
-        return round_to_stored(name, np.asarray(leaves[name]), stored[name].dtype)
+        return round_to_stored(name, np.asarray(tensor_of(name)), stored[name].dtype)
 
     for file in layout.files:
         file.header.write(folder / file.name, leaf_of)

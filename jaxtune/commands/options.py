@@ -10,6 +10,7 @@ from typing import Any
 from jaxtune import checkpoint
 from jaxtune.checkpoint.files import parse_object, read_small
 from jaxtune.errors import ConfigError, OutputError, unknown_name
+from jaxtune.loading import load
 from jaxtune.models import registry
 
 
@@ -26,12 +27,12 @@ def load_models(paths: Mapping[str, str], config: dict[str, Any] | None) -> dict
     """Loads every checkpoint and checks that its family is known and its tree is the config's.
 
     Raises:
-        CheckpointError: as `checkpoint.load`.
+        CheckpointError, TreeMismatchError: as `loading.load`.
         ConfigError: the family is unknown or a field makes no sense; names the checkpoint.
     """
     models = {}
     for role, path in paths.items():
-        models[role] = checkpoint.load(path, config=config)
+        models[role] = load(path, config=config)
         try:
             registry.config_from_dict(models[role].config)
         except ConfigError as error:

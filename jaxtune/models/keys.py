@@ -64,6 +64,8 @@ class Row:
             parts = np.split(whole, np.cumsum(self.sizes)[:-1])
             return dict(zip(self.leaves, (rearrange(part, self.pattern, self.dims) for part in parts), strict=True))
         parts = [rearrange(tensors[name], self.pattern, self.dims) for name in self.names]
+        if len({part.dtype for part in parts}) > 1:
+            raise ValueError("they become one leaf and have several dtypes")
         return {self.leaves[0]: parts[0] if isinstance(self.stored, str) else np.stack(parts)}
 
     def encode(self, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
@@ -180,6 +182,25 @@ class KeyTable:
         return tensor_of
 
 
+@dataclass(frozen=True)
+class Codec:
+    """A key table at work on one checkpoint: what `checkpoint.Layout` needs to write our tree as it was stored.
+
+    Attributes:
+        table: Of the family.
+        carried: Stored tensors that are no weights, as they came.
+        leaves: Path -> the leaf as it was read, for its dtype and shape.
+    """
+
+    table: KeyTable
+    carried: Mapping[str, np.ndarray]
+    leaves: Mapping[str, np.ndarray]
+
+    def encoder(self, params: Params) -> Callable[[str], np.ndarray]:
+        """Stored name -> its tensor, made from `params` when asked for."""
+        return self.table.encoder(params, self.carried)
+
+
 def rearrange(tensor: np.ndarray, pattern: str, dims: Mapping[str, int] | None = None) -> np.ndarray:
     """Splits, moves and joins axes: a view where NumPy can make one.
 
@@ -198,7 +219,7 @@ def rearrange(tensor: np.ndarray, pattern: str, dims: Mapping[str, int] | None =
         if len(free) > 1 or (not free and known != size) or size % known:
             raise ValueError(f"an axis of {size} is not ({' '.join(group)}) with {dict(dims or {})}")
         lengths |= {name: (dims or {})[name] for name in group if name in (dims or {})}
-        lengths |= {name: size // known for name in free}
+        lengths |= dict.fromkeys(free, size // known)
     names = [name for group in left for name in group]
     tensor = tensor.reshape([lengths[name] for name in names])
     order = [names.index(name) for group in right for name in group]

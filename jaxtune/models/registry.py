@@ -81,6 +81,11 @@ def config_from_dict(values: Mapping[str, Any]) -> Any:
     return from_fields(FAMILIES[model_type].config, fields)
 
 
+def is_stored_family(values: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a family of another library, read through a key table."""
+    return hub.is_stored_family(values)
+
+
 def read_stored(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Any, KeyTable | None]:
     """(our config, key table) of a checkpoint; the table is None for our own families, whose tensors are named by path.
 
