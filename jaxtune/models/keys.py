@@ -32,7 +32,8 @@ class Row:
         stored: Name or names of stored tensors.
         paths: Path or paths of our leaves.
         pattern: "stored axes -> our axes"; a group "(a b)" is one axis that holds both, the later faster. "" leaves
-            the axes as they are. "1" on the left is an axis of length 1 that is dropped.
+            the axes as they are. "1" on the left is an axis of length 1 that is dropped, on the right one that is
+            added. A tuple holds one pattern per path, where the parts of a fused tensor differ.
         dims: Length of every named axis that stands in a group, save one a group.
         sizes: Lengths of the parts along the first axis, one per path.
         before: Pattern that brings the axis to cut to the front.
@@ -40,7 +41,7 @@ class Row:
 
     stored: str | tuple[str, ...]
     paths: str | tuple[str, ...]
-    pattern: str = ""
+    pattern: str | tuple[str, ...] = ""
     dims: Mapping[str, int] = field(default_factory=dict)
     sizes: tuple[int, ...] = ()
     before: str = ""
@@ -55,6 +56,11 @@ class Row:
         """Paths, as a tuple."""
         return (self.paths,) if isinstance(self.paths, str) else self.paths
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The pattern of every path."""
+        return (self.pattern,) * len(self.leaves) if isinstance(self.pattern, str) else self.pattern
+
     def decode(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Our leaves from the stored tensors; views, except of what is stacked."""
         if len(self.leaves) > 1:
@@ -62,21 +68,23 @@ class Row:
             if not whole.ndim or len(whole) != sum(self.sizes):
                 raise ValueError(f"the first axis of {list(whole.shape)} should be {sum(self.sizes)} long")
             parts = np.split(whole, np.cumsum(self.sizes)[:-1])
-            return dict(zip(self.leaves, (rearrange(part, self.pattern, self.dims) for part in parts), strict=True))
-        parts = [rearrange(tensors[name], self.pattern, self.dims) for name in self.names]
+            triples = zip(self.leaves, parts, self.patterns, strict=True)
+            return {path: rearrange(part, pattern, self.dims) for path, part, pattern in triples}
+        parts = [rearrange(tensors[name], self.patterns[0], self.dims) for name in self.names]
         if len({part.dtype for part in parts}) > 1:
             raise ValueError("they become one leaf and have several dtypes")
         return {self.leaves[0]: parts[0] if isinstance(self.stored, str) else np.stack(parts)}
 
     def encode(self, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
         """The stored tensors from our leaves."""
-        back = reverse(self.pattern)
         if len(self.leaves) > 1:
-            parts = [rearrange(np.asarray(leaves[path]), back, self.dims) for path in self.leaves]
+            pairs = zip(self.leaves, self.patterns, strict=True)
+            parts = [rearrange(np.asarray(leaves[path]), reverse(pattern), self.dims) for path, pattern in pairs]
             # Groups of the way back are as long as they were: all lengths of `before` are in `dims` or whole axes.
             return {self.names[0]: rearrange(np.concatenate(parts), reverse(self.before), self.dims)}
         whole = np.asarray(leaves[self.leaves[0]])
         parts = [whole] if isinstance(self.stored, str) else whole
+        back = reverse(self.patterns[0])
         return {name: rearrange(part, back, self.dims) for name, part in zip(self.names, parts, strict=True)}
 
 
