@@ -12,8 +12,8 @@ version = next(
 )
 
 REPORT = ["matplotlib>=3.8", "tensorboardX>=2.6.2"]
-# What parity with other libraries is tested against; nothing of ours imports them. A version of torch of its own, so that
-# an index of CPU builds decides which build it is.
+# What parity with other libraries is tested against; nothing of ours imports them. One version of torch, so that an
+# index of CPU builds can decide which build it is.
 ORACLES = ["torch==2.13.0", "transformers>=5.0", "peft>=0.17"]
 TFDS = ["tensorflow-datasets>=4.9.7", "grain>=0.2.7"]
 

@@ -181,8 +181,8 @@ def test_neighbouring_pixels_agree_as_in_pictures():
     assert near < 0.5 * far
 
 
-def test_a_family_without_declared_inputs_is_named():
-    with pytest.raises(ConfigError, match="no example inputs for dict"):
+def test_what_is_no_config_is_named():
+    with pytest.raises(ConfigError, match="is no model config"):
         example_batch(jax.random.key(0), {"model_type": "jaxtune_vit"}, 2)
 
 

@@ -200,6 +200,19 @@ def zero_shot_classifier(
     return normalise_features(mean) if renormalise else mean
 
 
+def example(key: jax.Array, config: Config, size: int) -> dict[str, jax.Array]:
+    """Images and random token ids to compare two networks on."""
+    text = config.text
+    ids = jax.random.randint(named_key(key, "text"), (size, text.context_length), 0, text.vocab_size, jnp.int32)
+    return {**vit.example(key, config.vision, size), "text": ids}
+
+
+def as_matrix(outputs: Mapping[str, jax.Array]) -> jax.Array:
+    """Logits of images against texts: float[N, M]."""
+    scale = outputs["logit_scale"].astype(outputs["image_features"].dtype)
+    return scale * (outputs["image_features"] @ outputs["text_features"].T)
+
+
 def symmetry(config: Config, *, junctions: Junctions = "shared", inside: Inside = "separate") -> Spec:
     """Both towers' symmetries, groups and paths behind "vision/" and "text/"; see `declare_stack`.
 

@@ -67,3 +67,13 @@ def image_of(batch: Mapping[str, Any], shape: tuple[int | None, int | None, int]
 @functools.lru_cache(maxsize=64)
 def _expected(init, config):
     return jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+
+
+def draw_images(key: jax.Array, size: int, height: int, width: int, channels: int) -> jax.Array:
+    """Images for comparing two networks: noise at a quarter of the resolution, enlarged, so that neighbours agree.
+
+    Shapes:
+        result: float32[size, height, width, channels], within [0, 1].
+    """
+    coarse = jax.random.uniform(key, (size, -(-height // 4), -(-width // 4), channels), jnp.float32)
+    return jax.image.resize(coarse, (size, height, width, channels), "linear")

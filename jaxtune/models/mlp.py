@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.models import transformer
 from jaxtune.models.config import check_fields
-from jaxtune.models.inputs import at_least_float32, image_of, open_params
+from jaxtune.models.inputs import at_least_float32, draw_images, image_of, open_params
+from jaxtune.rng import named_key
 from jaxtune.symmetry import Group, Spec, make_spec
 from jaxtune.types import Params
 
@@ -102,6 +103,11 @@ def apply(config: Config, params: Params, batch: Params) -> jax.Array:
     dtype = params["head"]["bias"].dtype
     flat = jnp.asarray(image).astype(dtype).reshape(image.shape[0], -1)
     return _module_of(config).apply({"params": params}, flat).astype(at_least_float32(dtype))
+
+
+def example(key: jax.Array, config: Config, size: int) -> dict[str, jax.Array]:
+    """Images to compare two networks on, see `inputs.draw_images`."""
+    return {"image": draw_images(named_key(key, "image"), size, *config.image_shape)}
 
 
 def symmetry(config: Config, *, scales: str = "fixed") -> Spec:

@@ -24,34 +24,43 @@ class Family:
         init: (key, config) -> params.
         apply: (config, params, batch) -> outputs, in evaluation mode.
         symmetry: (config, **options) -> spec.
+        example: (key, config, size) -> batch: inputs to compare two networks on when there is no data.
         apply_train: (config, params, batch) -> (outputs, params with new statistics); None without statistics.
         is_trainable: (config, path) -> bool; None where every leaf is.
-        example: (key, config, size) -> batch: inputs to compare two networks on when there is no data.
-        as_matrix: Outputs -> float[N, K], for the same; None where they are one.
+        as_matrix: Outputs -> float[N, K], for the same; None: all axes but the last are examples.
     """
 
     config: type
     init: Callable[..., dict[str, Any]]
     apply: Callable[..., Any]
     symmetry: Callable[..., Spec]
+    example: Callable[..., dict[str, Any]]
     apply_train: Callable[..., tuple[Any, dict[str, Any]]] | None = None
     is_trainable: Callable[[Any, str], bool] | None = None
-    example: Callable[..., dict[str, Any]] | None = None
     as_matrix: Callable[[Any], Any] | None = None
 
 
 FAMILIES: dict[str, Family] = {
-    "jaxtune_mlp": Family(mlp.Config, mlp.init, mlp.apply, mlp.symmetry),
+    "jaxtune_mlp": Family(mlp.Config, mlp.init, mlp.apply, mlp.symmetry, mlp.example),
     "jaxtune_resnet": Family(
         resnet.Config,
         resnet.init,
         resnet.apply,
         resnet.symmetry,
+        resnet.example,
         apply_train=resnet.apply_train,
         is_trainable=resnet.is_trainable,
     ),
-    "jaxtune_vit": Family(vit.Config, vit.init, vit.apply, vit.symmetry, is_trainable=vit.is_trainable),
-    "jaxtune_clip": Family(clip.Config, clip.init, clip.apply, clip.symmetry, is_trainable=clip.is_trainable),
+    "jaxtune_vit": Family(vit.Config, vit.init, vit.apply, vit.symmetry, vit.example, is_trainable=vit.is_trainable),
+    "jaxtune_clip": Family(
+        clip.Config,
+        clip.init,
+        clip.apply,
+        clip.symmetry,
+        clip.example,
+        as_matrix=clip.as_matrix,
+        is_trainable=clip.is_trainable,
+    ),
 }
 
 
@@ -108,6 +117,17 @@ def apply(config: Any, params: Params, batch: Mapping[str, Any]) -> Any:
         TreeMismatchError, DataError: the parameters or the batch are not this config's.
     """
     return _find(config)[1].apply(config, params, batch)
+
+
+def example(key: jax.Array, config: Any, size: int) -> dict[str, Any]:
+    """`size` inputs that fit the model, for comparing two networks when there is no data; a function of `key`."""
+    return _find(config)[1].example(key, config, size)
+
+
+def as_matrix(config: Any, outputs: Any) -> jax.Array:
+    """Outputs of `apply` as one float[N, K]: logits or features; for CLIP, the logits of images against texts."""
+    family = _find(config)[1]
+    return outputs.reshape(-1, outputs.shape[-1]) if family.as_matrix is None else family.as_matrix(outputs)
 
 
 def apply_train(

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtune import tree
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.models.config import check_fields
-from jaxtune.models.inputs import at_least_float32, image_of, open_params
+from jaxtune.models.inputs import at_least_float32, draw_images, image_of, open_params
+from jaxtune.rng import named_key
 from jaxtune.symmetry import Group, Spec, make_spec
 from jaxtune.types import Params
 
@@ -19,6 +20,7 @@ NUM_STAGES = 3
 STAGE_WIDTHS = (16, 32, 64)
 STATISTICS = ("mean", "var")
 SCALES = ("fixed", "free")
+EXAMPLE_SIZE = 32  # CIFAR's; the network itself takes any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +157,11 @@ def apply_train(config: Config, params: Params, batch: Params) -> tuple[jax.Arra
     for path, leaf in moved.items():
         leaves[path] = jax.lax.stop_gradient(leaf).astype(leaves[path].dtype)
     return outputs, tree.unflatten(leaves)
+
+
+def example(key: jax.Array, config: Config, size: int) -> dict[str, jax.Array]:
+    """Images to compare two networks on, see `inputs.draw_images`."""
+    return {"image": draw_images(named_key(key, "image"), size, EXAMPLE_SIZE, EXAMPLE_SIZE, config.channels)}
 
 
 def symmetry(config: Config, *, scales: str = "fixed") -> Spec:

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtune import tree
 from jaxtune.errors import ConfigError
 from jaxtune.models.config import check_fields
-from jaxtune.models.inputs import at_least_float32, image_of, open_params
+from jaxtune.models.inputs import at_least_float32, draw_images, image_of, open_params
 from jaxtune.models.transformer import Activation, Block, LayerNorm, check_heads
 from jaxtune.models.transformer_form import declare_form
 from jaxtune.models.transformer_symmetry import Inside, Junctions, StackSymmetry, declare_stack
+from jaxtune.rng import named_key
 from jaxtune.symmetry import Form, Spec, make_spec
 from jaxtune.types import Params
 
@@ -110,6 +111,11 @@ def apply(config: Config, params: Params, batch: Params) -> jax.Array:
     dtype = params["position"].dtype
     outputs = VisionTransformer(config).apply({"params": params}, jnp.asarray(image).astype(dtype))
     return outputs.astype(at_least_float32(dtype))
+
+
+def example(key: jax.Array, config: Config, size: int) -> dict[str, jax.Array]:
+    """Images to compare two networks on, see `inputs.draw_images`."""
+    return {"image": draw_images(named_key(key, "image"), size, config.image_size, config.image_size, config.channels)}
 
 
 def symmetry(config: Config, *, junctions: Junctions = "shared", inside: Inside = "separate") -> Spec:
