@@ -1,15 +1,15 @@
 """What every model config does: refuse a value that makes no sense, become a plain dict and come back.
 
 A config is a frozen dataclass whose annotations are the rules: an int is a size and at least 1, a float is
-positive, `Literal` names the choices, another config nests. So a config hashes, compares, and can be a
-static argument of `jax.jit`.
+positive, `Literal` names the choices, another config nests, `| None` allows none. So a config hashes, compares,
+and can be a static argument of `jax.jit`.
 """
 
 import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jaxtune.errors import ConfigError
 
@@ -69,6 +69,9 @@ def from_fields(config_class: type[C], values: Mapping[str, Any]) -> C:
 def _complaint_of(hint, value):
     """What a value annotated with `hint` must be, or None if it is."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(hint) in (types.UnionType, Union):
+        complaint = None if value is None else _complaint_of(_without_none(hint), value)
+        return complaint and f"{complaint}, or None"
     if get_origin(hint) is Literal:
         return None if value in get_args(hint) else f"one of {', '.join(map(repr, get_args(hint)))}"
     if get_origin(hint) is tuple:
@@ -89,11 +92,19 @@ def _complaint_of(hint, value):
 
 
 def _from_plain(hint, value):
+    if get_origin(hint) in (types.UnionType, Union):
+        return None if value is None else _from_plain(_without_none(hint), value)
     if is_dataclass(hint):
         return value if isinstance(value, hint) else from_fields(hint, value)
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)
     return value
+
+
+def _without_none(hint):
+    """The type that `type | None` allows besides None."""
+    (allowed,) = (part for part in get_args(hint) if part is not type(None))
+    return allowed
 
 
 def _name_of(config_class: type | types.GenericAlias) -> str:
