@@ -1,13 +1,20 @@
-"""Sources made of other sources: several as one, a part of one, a few records of each class."""
+"""Sources made of other sources: several as one, a part of one, some classes, a few records of each."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxtune.data.source import DataSource, check_indices
-from jaxtune.errors import DataError
+from jaxtune.errors import DataError, unknown_name
 
 _SCAN = 1024  # records at a time when labels are read
+
+
+def read_labels(source: DataSource) -> np.ndarray:
+    """The label of every record: int[len(source)]."""
+    chunks = [np.arange(start, min(start + _SCAN, len(source))) for start in range(0, len(source), _SCAN)]
+    labels = [source.__getitems__(chunk)["label"] for chunk in chunks]
+    return np.concatenate(labels) if labels else np.zeros(0, np.int32)
 
 
 class PartSource:
@@ -92,12 +99,29 @@ def take_half(source: DataSource, half: int) -> PartSource:
     return PartSource(source, chosen, name=f"{source.name}+half({half})")
 
 
+def take_classes(source: DataSource, classes: Sequence[str], *, name: str) -> PartSource:
+    """The records of some classes only, in their old order; `name` is what reports call it.
+
+    Labels and `class_names` stay those of the whole, so one classifier serves both.
+
+    Raises:
+        UnknownNameError: a class that the source does not have.
+        DataError: no record is of these classes.
+    """
+    for wanted in classes:
+        if wanted not in source.class_names:
+            raise unknown_name(f"class of {source.name}", wanted, source.class_names)
+    kept = np.flatnonzero(np.isin(read_labels(source), [source.class_names.index(wanted) for wanted in classes]))
+    if not len(kept):
+        raise DataError(f"{source.name} ({source.split}): no record is of the classes {list(classes)}.")
+    return PartSource(source, kept, name=name)
+
+
 def take_few(source: DataSource, num_per_class: int, *, seed: int = 0) -> PartSource:
     """At most `num_per_class` records of every class, drawn by chance: a few-shot task."""
     if num_per_class < 1:
         raise DataError(f"num_per_class is {num_per_class}; it must be at least 1.")
-    chunks = [np.arange(i, min(i + _SCAN, len(source))) for i in range(0, len(source), _SCAN)]
-    labels = np.concatenate([source.__getitems__(chunk)["label"] for chunk in chunks])
+    labels = read_labels(source)
     order = np.random.RandomState(seed).permutation(len(source))
     chosen = [order[labels[order] == label][:num_per_class] for label in np.unique(labels)]
     return PartSource(source, np.sort(np.concatenate(chosen)), name=f"{source.name}+few({num_per_class})")

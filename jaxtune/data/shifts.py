@@ -1,7 +1,8 @@
 """Changes of a task that leave its labels alone: what a model that knew it should, and does not, withstand.
 
 A map, `map(batch, indices) -> batch`, changes images; what is random in it is a function of (seed, record), so
-a shifted record is the same in every batch and epoch. A subset changes how many records there are, and is a source.
+a shifted record is the same in every batch and epoch. A subset of the classes changes how many
+records there are, and is a part of the source.
 """
 
 import functools
@@ -11,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.data.parts import take_classes
 from jaxtune.data.record_random import record_normal, record_uniform
 from jaxtune.data.source import DataSource, check_indices, check_options
 from jaxtune.errors import DataError, unknown_name
 
 Batch = dict[str, np.ndarray]
 Map = Callable[[Batch, np.ndarray], Batch]
-
-_SCAN = 1024  # records at a time when labels are read
 
 
 def rotate(*, degrees: float) -> Map:
@@ -102,38 +102,6 @@ class MappedSource:
         return batch
 
 
-class SubsetSource:
-    """The records of some classes only, in their old order; `name` is what reports call it.
-
-    Labels and `class_names` stay those of the whole, so one classifier serves both.
-
-    Raises:
-        UnknownNameError: a class that the source does not have.
-        DataError: no record is of these classes.
-    """
-
-    def __init__(self, source: DataSource, classes: Sequence[str], *, name: str):
-        self.name, self.split, self.class_names = name, source.split, source.class_names
-        for wanted in classes:
-            if wanted not in self.class_names:
-                raise unknown_name(f"class of {source.name}", wanted, self.class_names)
-        chunks = [np.arange(i, min(i + _SCAN, len(source))) for i in range(0, len(source), _SCAN)]
-        labels = np.concatenate([np.arange(0), *(source.__getitems__(chunk)["label"] for chunk in chunks)])
-        self._source = source
-        self._kept = np.flatnonzero(np.isin(labels, [self.class_names.index(wanted) for wanted in classes]))
-        if not len(self._kept):
-            raise DataError(f"{source.name} ({source.split}): no record is of the classes {list(classes)}.")
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {key: values[0] for key, values in self.__getitems__([index]).items()}
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        return self._source.__getitems__(self._kept[check_indices(self, indices)])
-
-
 def _shift_by(make_map):
     """A row of `SHIFTS` out of a map: (source, name, **options) -> source."""
 
@@ -146,7 +114,7 @@ def _shift_by(make_map):
 
 def _shift_labels(source, name, *, classes: Sequence[str]):
     """Keeps the records of the named classes."""
-    return SubsetSource(source, classes, name=name)
+    return take_classes(source, classes, name=name)
 
 
 # Name -> (source, new name, **options) -> shifted source.
