@@ -21,6 +21,7 @@ from jaxtune.models.readout import class_embeddings
 from jaxtune.rng import named_key
 from jaxtune.symmetry import canonical
 from jaxtune.symmetry import element as elements
+from jaxtune.transport.controls import draw_as_long
 from jaxtune.transport.prepared import Prepared, apply_transport
 from jaxtune.transport.registry import METHODS, prepare_transport
 from jaxtune.tree import flatten, map_leaves, task_vector
@@ -142,11 +143,7 @@ def _controls(key, config, source, target, prepared: Mapping[str, Prepared]):
         return _add(spec, target, moved)
 
     def noise(key, finetuned):
-        def draw(path, leaf):
-            grain = np.asarray(jax.random.normal(named_key(key, path), leaf.shape, dtype=np.float32))
-            return grain * (np.linalg.norm(leaf) / max(np.linalg.norm(grain), np.finfo(np.float32).tiny))
-
-        return _add(spec, target, map_leaves(draw, task_vector(source, finetuned)))
+        return _add(spec, target, draw_as_long(key, task_vector(source, finetuned)))
 
     return {
         "random vector of the same norms": noise,

@@ -18,6 +18,7 @@ from jaxtune.interpolate.line import interpolate_linear
 from jaxtune.models import registry
 from jaxtune.models.readout import class_embeddings
 from jaxtune.rng import named_key
+from jaxtune.transport.controls import draw_as_long
 from jaxtune.transport.prepared import Prepared, apply_transport
 from jaxtune.transport.registry import METHODS, prepare_transport
 from jaxtune.tree import map_leaves, task_vector
@@ -152,14 +153,9 @@ def _controls(key, spec, source, tuned) -> dict[str, Prepared]:
     """What a method must beat to have carried anything: the same step in a direction that means nothing."""
     vector = task_vector(source, tuned)
     element = symmetry.random(named_key(key, "random element"), spec)
-
-    def draw(path, leaf):
-        noise = np.asarray(jax.random.normal(named_key(key, "random vector", path), leaf.shape, dtype=np.float32))
-        return noise * (np.linalg.norm(leaf) / max(np.linalg.norm(noise), np.finfo(np.float32).tiny))
-
     return {
         "random element of the group": Prepared(symmetry.apply(spec, element, vector), spec),
-        "random vector of the same norms": Prepared(map_leaves(draw, vector), spec),
+        "random vector of the same norms": Prepared(draw_as_long(named_key(key, "random vector"), vector), spec),
     }
 
 
