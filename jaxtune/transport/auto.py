@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from jaxtune.align.evidence import judge_match, measure_residual
-from jaxtune.align.weights import match_weights
 from jaxtune.errors import SpecError
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
@@ -66,7 +65,7 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
             lineage = evidence.lineage
         saved = 1 - residuals["full"] / residuals[chosen] if residuals[chosen] else 0.0
         if saved > 0 and lineage.verdict == "related":
-            by_chance = _saved_of_noise(named_key(key, "noise"), judge, target, simple[chosen])
+            by_chance = _saved_of_noise(named_key(key, "noise"), symmetry, target, simple[chosen])
             info = {"saved": saved, "saved_of_noise": by_chance}
             saved -= by_chance
         if saved > 0:
@@ -75,21 +74,21 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
     return dataclasses.replace(candidates[chosen], info={**candidates[chosen].info, **info})
 
 
-def _saved_of_noise(key, full, target, source) -> float:
+def _saved_of_noise(key, symmetry, target, source) -> float:
     """Share of the residual that the search of `full` removes where the bases differ by noise of the same size."""
-    ours = flatten(target)
+    leaves = flatten(target)
 
     def add_noise(path, leaf):
         if not is_float(leaf):
             return leaf
-        apart = np.asarray(ours[path], np.float32) - np.asarray(leaf, np.float32)
+        apart = np.asarray(leaves[path], np.float32) - np.asarray(leaf, np.float32)
         size = np.float32(np.sqrt(np.mean(np.square(apart, dtype=np.float64)))) if leaf.size else np.float32(0)
         noise = np.asarray(jax.random.normal(named_key(key, path), leaf.shape, dtype=np.float32))
         return (np.asarray(leaf, np.float32) + size * noise).astype(leaf.dtype)
 
-    noisy, source = full.fold(map_leaves(add_noise, source)), full.fold(source)
-    search = {name: prepare_full.__kwdefaults__[name] for name in ("head_cost", "weighting", "max_sweeps", "tolerance")}
-    found = match_weights(named_key(key, "search"), full.spec, noisy, source, **search)
-    before = measure_residual(full.spec, noisy, source)
-    after = measure_residual(full.spec, noisy, elements.apply(full.spec, found.element, source))
+    noisy = map_leaves(add_noise, source)
+    found = prepare_full(named_key(key, "search"), symmetry, source, source, noisy)
+    ours, folded = found.fold(noisy), found.fold(source)
+    before = measure_residual(found.spec, ours, folded)
+    after = measure_residual(found.spec, ours, elements.apply(found.spec, found.element, folded))
     return 1 - after / before if before else 0.0
