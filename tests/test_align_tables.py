@@ -56,6 +56,9 @@ def plain_loop(spec, target, source):
     def solve(score):
         return linear_sum_assignment(score, maximize=True)[1]
 
+    def solve_each(scores):
+        return np.stack([solve(score) for score in scores])
+
     def total(score, order):
         return np.take_along_axis(score, np.asarray(order)[..., None], -1).sum(dtype=np.float64)
 
@@ -68,7 +71,7 @@ def plain_loop(spec, target, source):
                 score = spectral_scores(spec, name, target, source)
             elif name in heads:
                 owned = spec.children_of(name)[0]
-                found = lambda score: np.stack([solve(one) for one in score])  # noqa: E731
+                found = solve_each
                 score = sum(
                     np.asarray(slot_scores(spec, element, path, *axes, target[path], source[path]), np.float64)
                     for path, *axes in head_leaves(spec, name)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from sources import RecordSource
 
 from jaxtune.errors import ConfigError, DataError, NonFiniteError
 from jaxtune.evaluate.classifier import calibration_error, evaluate_classifier, score_batch
@@ -15,22 +16,11 @@ CONFIG = mlp.Config(image_shape=(3, 3, 1), widths=(6,), num_outputs=7)
 NUM_EXAMPLES = 23
 
 
-class ArraySource:
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitems__(self, indices):
-        return {"image": self.images[indices], "label": self.labels[indices]}
-
-
 @pytest.fixture
 def source():
     random = np.random.default_rng(0)
     images = random.normal(size=(NUM_EXAMPLES, 3, 3, 1)).astype(np.float32)
-    return ArraySource(images, random.integers(0, 7, NUM_EXAMPLES).astype(np.int32))
+    return RecordSource(images, random.integers(0, 7, NUM_EXAMPLES).astype(np.int32))
 
 
 @pytest.fixture
@@ -136,7 +126,7 @@ def test_calibration_error_of_planted_confidences():
 
 def test_what_cannot_be_evaluated_is_refused(params, source):
     with pytest.raises(DataError, match="empty"):
-        evaluate_classifier(CONFIG, params, ArraySource(source.images[:0], source.labels[:0]))
+        evaluate_classifier(CONFIG, params, RecordSource(source.images[:0], source.labels[:0]))
     with pytest.raises(ConfigError, match="batch_size is 0"):
         evaluate_classifier(CONFIG, params, source, batch_size=0)
     source.labels[5] = 7

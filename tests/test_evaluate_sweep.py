@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from small_models import CONFIGS, random_params
+from sources import RecordSource
 
 from jaxtune import tree
 from jaxtune.errors import ConfigError, NonFiniteError, TreeMismatchError
@@ -16,24 +17,13 @@ SCALES = (0.0, 1.0, -0.5, 0.3, 1.0)
 NUM_EXAMPLES = 11
 
 
-class ArraySource:
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitems__(self, indices):
-        return {"image": self.images[indices], "label": self.labels[indices]}
-
-
 def setting(name, dtype=np.float32):
     config = CONFIGS[name]
     target, vector = (random_params(config, seed=seed, dtype=dtype) for seed in (0, 1))
     draw = np.random.default_rng(2)
     shape = config.image_shape if name == "mlp" else (8, 8, 3)
     images = draw.normal(size=(NUM_EXAMPLES, *shape)).astype(np.float32)
-    source = ArraySource(images, draw.integers(0, 5, NUM_EXAMPLES).astype(np.int32))
+    source = RecordSource(images, draw.integers(0, 5, NUM_EXAMPLES).astype(np.int32))
     return config, Prepared(vector, registry.symmetry_of(config)), target, source
 
 
