@@ -15,7 +15,8 @@ import ml_collections
 import numpy as np
 
 from experiments.command import run_main
-from experiments.fitting import FIELDS, check_fields, fit, measure, open_splits, print_result
+from experiments.fitting import FIELDS, check_fields, fit, measure, print_result
+from experiments.sources import open_splits
 from experiments.workdir import Workdir
 from jaxtune import tree
 from jaxtune.checkpoint import load, write_checkpoint

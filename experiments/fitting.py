@@ -1,4 +1,4 @@
-"""What pre-training and fine-tuning share: the config's fields, the data, the fit, the final numbers."""
+"""What pre-training and fine-tuning share: the config's fields, the fit, the final numbers."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import ml_collections
 
 from experiments.workdir import CHECKPOINTS_NAME, Workdir
 from jaxtune import tree
-from jaxtune.data import SPLITS, DataSource, Loader, open_source, shift_source
+from jaxtune.data import DataSource, Loader
 from jaxtune.data.source import check_options
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate.classifier import evaluate_classifier
@@ -27,11 +27,11 @@ from jaxtune.types import Params
 # Fields of every config. What a dict among them may hold is said by the function that takes it.
 FIELDS = (
     "seed",
-    "data.name",  # of `data.open_source`
-    "data.options",  # of the source
-    "data.eval_options",  # what validation and test have in the place of some of them
-    "data.classes",  # names of the classes to keep; () keeps all
-    "data.shifts",  # ({"name": ..., "options": {...}}, ...) of `data.shift_source`, applied in turn
+    "data.name",  # these five: see experiments.sources
+    "data.options",
+    "data.eval_options",
+    "data.classes",
+    "data.shifts",
     "frozen_read_out",  # whether class names give the last layer (models.readout), or the outputs are logits
     "batch_size",
     "num_steps",
@@ -75,29 +75,6 @@ def check_fields(config: ml_collections.ConfigDict, fields: tuple[str, ...]) -> 
         )
 
 
-def open_splits(data: ml_collections.ConfigDict) -> dict[str, DataSource]:
-    """Every split of the source that a config names, with its classes and shifts.
-
-    Raises:
-        ConfigError: a shift is not a dict of "name" and, if it has any, "options".
-        UnknownNameError, DataError: the source, a shift or an option does not exist or does not fit.
-    """
-    splits = {}
-    for split in SPLITS:
-        options = _plain(data.options) | (_plain(data.eval_options) if split != "train" else {})
-        source = open_source(data.name, split, **options)
-        if data.classes:
-            source = shift_source(source, "label_subset", classes=tuple(data.classes))
-        for shift in data.shifts:
-            if not _is_dict(shift) or "name" not in shift or set(shift) - {"name", "options"}:
-                raise ConfigError(
-                    f'config.data.shifts holds {shift!r}; each shift is a dict {{"name": ..., "options": {{...}}}}.'
-                )
-            source = shift_source(source, shift["name"], **_plain(shift.get("options", {})))
-        splits[split] = source
-    return splits
-
-
 def fit(
     config: ml_collections.ConfigDict,
     model_config: Any,
@@ -116,7 +93,7 @@ def fit(
         config: With `FIELDS`, and more.
         model_config: Of the network that is evaluated.
         workdir: Of this run.
-        splits: Of `open_splits`.
+        splits: Of `sources.open_splits`.
         params: What training changes.
         forward: Of the network in training mode.
         to_model: (trained params, frozen) -> parameters of the network.

@@ -22,7 +22,7 @@ from experiments.rungs.measure import Task, ask_other_width, measure_pair
 from experiments.rungs.networks import Networks, Schedule
 from experiments.rungs.pairs import Rungs, build_pairs
 from experiments.rungs.results import write_results
-from experiments.rungs.sources import open_joined, open_task
+from experiments.sources import open_joined, open_task
 from experiments.workdir import CHECKPOINTS_NAME, Workdir
 from jaxtune.data import take_sample
 from jaxtune.errors import unknown_name
@@ -37,7 +37,7 @@ FIELDS = (
     "num_pairs",  # per rung
     "models",  # name -> config of a model family
     "learning_rates",  # name of the model -> peak rate of its pre-training
-    "pretrain.sources",  # data of the bases; see experiments.fitting for the fields of one
+    "pretrain.sources",  # data of the bases; see experiments.sources for the fields of one
     "pretrain.num_steps",
     "pretrain.batch_size",
     "rungs.drift",  # shares of the pre-training's steps
@@ -66,13 +66,14 @@ def climb(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[str
     # Several processes may share one workdir, each with a part.
     shared = {name: value for name, value in config.to_dict().items() if name != "only"}
     workdir = Workdir(path, shared, overrides=overrides, parents={}, seeds={"seed": config.seed})
-    support = take_sample(open_joined(config, config.pretrain.sources, config.split), config.num_support)
-    pretraining = open_joined(config, config.pretrain.sources, "train")
+    where = {"data_dir": config.data_dir}
+    support = take_sample(open_joined(config.pretrain.sources, config.split, **where), config.num_support)
+    pretraining = open_joined(config.pretrain.sources, "train", **where)
     tasks = {
         name: Task(
             name,
-            open_task(config, data, "train"),
-            take_sample(open_task(config, data, config.split), config.num_test),
+            open_task(data, "train", **where),
+            take_sample(open_task(data, config.split, **where), config.num_test),
         )
         for name, data in config.tasks.items()
     }

@@ -12,7 +12,8 @@ import jax
 import ml_collections
 
 from experiments.command import run_main
-from experiments.fitting import FIELDS, check_fields, fit, measure, open_splits, print_result
+from experiments.fitting import FIELDS, check_fields, fit, measure, print_result
+from experiments.sources import open_splits
 from experiments.workdir import Workdir
 from jaxtune.checkpoint.output import make_layout, write_checkpoint
 from jaxtune.models import registry

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from experiments.finetune import LORA_FIELDS, finetune
-from experiments.fitting import FIELDS, check_fields, open_splits
+from experiments.fitting import FIELDS, check_fields
 from experiments.pretrain import pretrain
+from experiments.sources import open_splits
 from jaxtune import tree
 from jaxtune.checkpoint import hash_checkpoint, load, save
 from jaxtune.data import open_source
