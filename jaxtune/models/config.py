@@ -78,9 +78,10 @@ def _complaint_of(hint, value):
         parts = get_args(hint)
         length = None if Ellipsis in parts else len(parts)
         is_right = isinstance(value, tuple) and length in (None, len(value))
-        if is_right and all(_complaint_of(int, part) is None for part in value):
+        if is_right and all(_complaint_of(parts[0], part) is None for part in value):
             return None
-        return f"a tuple of {'' if length is None else f'{length} '}ints, each at least 1"
+        kind = "answers, each True or False" if parts[0] is bool else "ints, each at least 1"
+        return f"a tuple of {'' if length is None else f'{length} '}{kind}"
     if hint is int:
         return None if is_int and value >= 1 else "an int, at least 1"
     if hint is float:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxtune.errors import ConfigError
-from jaxtune.models import clip, hub, mlp, resnet, vit
+from jaxtune.models import clip, decoder, hub, mlp, resnet, vit
 from jaxtune.models.config import from_fields, to_fields
 from jaxtune.models.keys import KeyTable
 from jaxtune.symmetry import Spec
@@ -61,6 +61,7 @@ FAMILIES: dict[str, Family] = {
         as_matrix=clip.as_matrix,
         is_trainable=clip.is_trainable,
     ),
+    "jaxtune_decoder": Family(decoder.Config, decoder.init, decoder.apply, decoder.symmetry, decoder.example),
 }
 
 
