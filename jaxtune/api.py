@@ -22,7 +22,8 @@ from jaxtune.checkpoint import Checkpoint
 from jaxtune.data.source import open_source
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
-from jaxtune.evaluate.equivalence import Equivalence, check_equivalence
+from jaxtune.evaluate.equivalence import Equivalence
+from jaxtune.evaluate.exactness import verify_element
 from jaxtune.evaluate.example import apply_to_matrix, example_batch
 from jaxtune.interpolate.line import interpolate_linear
 from jaxtune.loading import load
@@ -33,7 +34,7 @@ from jaxtune.transport.expectation import expect_recovery
 from jaxtune.transport.prepared import Prepared, Symmetry, apply_transport
 from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
 from jaxtune.transport.registry import prepare_transport
-from jaxtune.tree import check_finite, check_same, flatten, map_leaves
+from jaxtune.tree import check_finite, check_same, flatten
 from jaxtune.types import Params
 
 # A checkpoint, the path of one, or a bare tree.
@@ -94,6 +95,7 @@ def align(
     spec: Spec | None = None,
     method: str = "weights",
     seed: int = 0,
+    verify: bool = True,
     **options: Any,
 ) -> Alignment:
     """Finds the symmetry element that brings `source` closest to `target`.
@@ -105,11 +107,13 @@ def align(
         spec: A ready symmetry instead of a config.
         method: A key of `jaxtune.align.registry.METHODS`.
         seed: Of every random choice.
+        verify: Whether to run source and moved source and compare them.
         **options: The method's own; transformers also take `junctions` ("shared" or "each") and `inside`
             ("separate" or "joint"), perceptrons and ResNets `scales` ("fixed" or "free"), which choose the spec.
 
     Raises:
         ConfigError: the architecture is unknown, or the two differ in it.
+        InexactElementError: the family declares the element exact and outputs say otherwise.
         JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
     """
     models, config = _open({"source": source, "target": target}, config)
@@ -132,7 +136,7 @@ def align(
         spec=spec,
         params=moved,
         evidence=judge_match(named_key(key, "evidence"), spec, target, source, found.element),
-        equivalence=_equivalence(key, config, source, moved),
+        equivalence=_equivalence(key, config, spec, found.element, source) if verify else None,
         info=info,
     )
 
@@ -166,6 +170,7 @@ def transport(
 
     Raises:
         ConfigError: the architecture is unknown, or the three differ in it.
+        InexactElementError: the family declares the element exact and outputs say otherwise.
         JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
     """
     models, config = _open({"source": source, "finetuned": finetuned, "target": target}, config)
@@ -190,9 +195,7 @@ def transport(
         if element is None:
             element = match_weights(named_key(key, "compare"), spec, ours, theirs).element
         elif prepared.realise is not None:
-            wide = map_leaves(lambda _, leaf: np.asarray(leaf, np.float32), source)  # what is stored may be half of it
-            moved = prepared.realise(symmetry.apply(spec, element, prepared.fold(wide)), wide)
-            equivalence = _equivalence(key, config, wide, moved)
+            equivalence = _equivalence(key, config, spec, element, source, prepared.fold, prepared.realise)
         evidence = judge_match(named_key(key, "evidence"), spec, ours, theirs, element)
     params = apply_transport(prepared, target, scale)
     check_finite("the result", params)
@@ -308,8 +311,13 @@ def _fixed_spec(params):
     return symmetry.make_spec([], {path: (None,) * np.ndim(leaf) for path, leaf in flatten(params).items()})
 
 
-def _equivalence(key, config, first, second):
+def _equivalence(key, config, spec, element, source, fold=lambda params: params, realise=lambda params, like: params):
+    """Source against moved source on example inputs; `fold` and `realise` as in `Prepared`."""
     if config is None:
         return None
     batch = example_batch(named_key(key, "examples"), config, EXAMPLES)
-    return check_equivalence(functools.partial(apply_to_matrix, config), first, second, batch)
+
+    def move(element, params):
+        return realise(symmetry.apply(spec, element, fold(params)), params)
+
+    return verify_element(functools.partial(apply_to_matrix, config), spec, element, move, source, batch)

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     align.add_argument("--source", metavar="PATH", required=True, help="the base that moves")
     align.add_argument("--target", metavar="PATH", required=True, help="the base that stays")
     align.add_argument("--method", default="weights", help="see `jaxtune methods` (default: %(default)s)")
+    align.add_argument("--no-verify", dest="verify", action="store_false", help="do not run both networks; faster")
     _add_common(align)
 
     transport = add("transport", "carry a fine-tune of an old base to a new base")

@@ -24,6 +24,10 @@ class SpecError(JaxtuneError, ValueError):
     """A symmetry spec and a tree, or a spec and an element, do not fit."""
 
 
+class InexactElementError(JaxtuneError, ValueError):
+    """An element that should leave a network's function alone does not."""
+
+
 class ConfigError(JaxtuneError, ValueError):
     """A model or experiment config is missing, unknown or inconsistent."""
 

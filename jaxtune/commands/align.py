@@ -34,7 +34,9 @@ def run(arguments) -> None:
     with work.stage("load"):
         models = load_models(paths, read_config(arguments.config))
     with work.stage("align"):
-        found = jaxtune.align(*models.values(), method=arguments.method, seed=arguments.seed, **options)
+        found = jaxtune.align(
+            *models.values(), method=arguments.method, seed=arguments.seed, verify=arguments.verify, **options
+        )
     report = {
         "command": "align",
         "inputs": describe_inputs(models),
