@@ -15,8 +15,9 @@ class Group:
         kind: Row of `KINDS`.
         parent: Name of the group whose every unit has an element of its own, as the units inside a
             head have one per head; None for a group that stands alone.
-        role: What the units are, for reports and for alignment: "stream", "head", "qk", "vo",
-            "inside" (one order for qk and vo), "hidden" or "channel".
+        role: What the units are, for reports and for alignment: "stream", "head" (all heads, or the groups that
+            share keys and values), "query" (the queries of one such group), "qk", "vo", "inside" (one order for
+            qk and vo), "hidden", "expert" or "channel".
     """
 
     name: str

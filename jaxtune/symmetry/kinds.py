@@ -8,6 +8,7 @@ from jaxtune.symmetry.groups import Group, Kind
 from jaxtune.symmetry.linear import CENTRED_ORTHOGONAL, GENERAL_LINEAR, ORTHOGONAL
 from jaxtune.symmetry.monomial import SCALED_PERMUTATION, SIGNED_PERMUTATION
 from jaxtune.symmetry.permutations import PERMUTATION
+from jaxtune.symmetry.rotary import ROTARY, ROTARY_SIGNS
 
 KINDS: dict[str, Kind] = {
     "permutation": PERMUTATION,
@@ -16,6 +17,8 @@ KINDS: dict[str, Kind] = {
     "orthogonal": ORTHOGONAL,
     "centred_orthogonal": CENTRED_ORTHOGONAL,
     "general_linear": GENERAL_LINEAR,
+    "rotary": ROTARY,
+    "rotary_signs": ROTARY_SIGNS,
 }
 
 
