@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.errors import NonFiniteError, TreeMismatchError
+from jaxtune.lazy import LazyLeaf, is_lazy, read
 from jaxtune.types import Leaf, Params
 
 MAX_LINES = 12  # of one error message: enough to see the pattern, short enough to read
@@ -68,14 +69,32 @@ def unflatten(flat: Mapping[str, Leaf]) -> dict[str, Any]:
     return root
 
 
-def map_leaves(function: Callable[..., Leaf], params: Params, *others: Params) -> dict[str, Any]:
-    """Applies `function(path, leaf, *other_leaves)` to every leaf; trees must have the same paths."""
+def map_leaves(
+    function: Callable[..., Leaf],
+    params: Params,
+    *others: Params,
+    dtype: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Applies `function(path, leaf, *other_leaves)` to every leaf; trees must have the same paths.
+
+    Where one of the leaves is lazy (`jaxtune.lazy`) so is the result: `function` runs when it is read, on arrays. It
+    then has the shape of the first leaf, and the dtype that `dtype(path, leaf, *other_leaves)` says (None: that of the
+    first leaf).
+    """
     flats = [flatten(tree) for tree in (params, *others)]
     for other in flats[1:]:
         if other.keys() != flats[0].keys():
             odd = sorted(other.keys() ^ flats[0].keys())
             raise TreeMismatchError(f"trees differ in {len(odd)} paths: {', '.join(odd[:MAX_LINES])}.")
-    return unflatten({path: function(path, *(flat[path] for flat in flats)) for path in flats[0]})
+
+    def mapped(path):
+        leaves = [flat[path] for flat in flats]
+        if not any(map(is_lazy, leaves)):
+            return function(path, *leaves)
+        of = leaves[0].dtype if dtype is None else dtype(path, *leaves)
+        return LazyLeaf(leaves[0].shape, of, lambda: np.asarray(function(path, *map(read, leaves))))
+
+    return unflatten({path: mapped(path) for path in flats[0]})
 
 
 def select(params: Params, *, include: str = ".*", exclude: str | None = None) -> dict[str, Any]:
@@ -179,7 +198,7 @@ def task_vector(base: Params, finetuned: Params) -> dict[str, Any]:
         wide = _wide_dtype(old, new)
         return xp.asarray(new).astype(wide) - xp.asarray(old).astype(wide)
 
-    return map_leaves(subtract, base, finetuned)
+    return map_leaves(subtract, base, finetuned, dtype=lambda _, old, new: _difference_dtype(old, new))
 
 
 def apply_task_vector(base: Params, vector: Params, scale: float | Leaf = 1.0) -> dict[str, Any]:
@@ -210,6 +229,10 @@ def apply_task_vector(base: Params, vector: Params, scale: float | Leaf = 1.0) -
 def count_parameters(params: Params) -> int:
     """Number of scalars in the whole tree."""
     return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in flatten(params).values())
+
+
+def _difference_dtype(old, new):
+    return _wide_dtype(old, new) if is_float(old) else old.dtype
 
 
 def _wide_dtype(*leaves):

@@ -15,7 +15,7 @@ from small_models import CONFIGS, random_params, run
 from jaxtune import symmetry, tree
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate.equivalence import check_equivalence, compare_outputs
-from jaxtune.evaluate.example import apply_to_matrix, example_batch
+from jaxtune.evaluate.example import _apply_jitted, apply_to_matrix, example_batch
 from jaxtune.models import registry
 
 
@@ -139,11 +139,11 @@ def test_broken_weights_are_never_the_same():
 
 def test_weights_are_compared_again_and_again_with_one_compilation():
     config = dataclasses.replace(CONFIGS["mlp"], widths=(6, 5))  # of no other test
-    batch, before = example_batch(jax.random.key(0), config, 4), apply_to_matrix._cache_size()
+    batch, before = example_batch(jax.random.key(0), config, 4), _apply_jitted._cache_size()
     for seed in range(3):
         first, second = (random_params(config, seed=seed + n, dtype=np.float32) for n in (0, 10))
         check_equivalence(functools.partial(apply_to_matrix, config), first, second, batch)
-    assert apply_to_matrix._cache_size() == before + 1
+    assert _apply_jitted._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

@@ -11,13 +11,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxtune"
 
 # Room -> rooms of ours it may import. A room may always import itself.
-GROUND = ("types", "errors", "tree", "rng", "version")
+GROUND = ("types", "errors", "lazy", "tree", "rng", "version")
 MAY_IMPORT = {
     "types": (),
     "version": (),
     "errors": ("types",),
-    "tree": ("types", "errors"),
-    "rng": ("types", "errors", "tree"),
+    "lazy": ("types",),
+    "tree": ("types", "errors", "lazy"),
+    "rng": ("types", "errors", "lazy", "tree"),
     "symmetry": GROUND,
     "align": (*GROUND, "symmetry"),
     "merge": (*GROUND, "symmetry"),

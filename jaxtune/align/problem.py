@@ -12,6 +12,7 @@ from jaxtune.align.heads import circuit_norms, circuit_scores, head_leaves, spec
 from jaxtune.align.lengths import balance_units
 from jaxtune.align.products import leaf_product, slot_scores
 from jaxtune.align.shortlist import Standing
+from jaxtune.lazy import ReadOnUse
 from jaxtune.symmetry import element as elements
 from jaxtune.symmetry.element import Element
 from jaxtune.symmetry.spec import Spec
@@ -135,6 +136,7 @@ def make_problem(
         weighting: "plain": every leaf counts as it is. "unit": every leaf counts by its cosine, so that no
             large leaf drowns the others.
     """
+    target, source = ReadOnUse(target), ReadOnUse(source)
     matched = [path for path in spec.axes if path not in spec.unmatched]
     norms, products = {}, {}
     for path in matched:
@@ -151,8 +153,8 @@ def make_problem(
     }
     return Problem(
         spec=spec,
-        target=dict(target),
-        source=dict(source),
+        target=target,
+        source=source,
         weights=weights,
         mass={path: weights[path] * norms[path] for path in weights},
         squares={path: leaf_product(spec, identity, path, source[path], source[path])[1] for path in stretched},

@@ -82,11 +82,15 @@ def check_equivalence(
         first, second: Weights; `first` sets the scale.
         batch: Inputs for `apply`.
     """
-    return compare_outputs(*(apply(map_leaves(_widen, params), batch) for params in (first, second)))
+    return compare_outputs(*(apply(map_leaves(_widen, params, dtype=_wide_dtype), batch) for params in (first, second)))
 
 
 def _widen(path: str, leaf: Leaf) -> Leaf:
-    return leaf.astype(np.float32) if is_float(leaf) and leaf.dtype.itemsize < 4 else leaf
+    return leaf.astype(_wide_dtype(path, leaf))
+
+
+def _wide_dtype(path: str, leaf: Leaf) -> np.dtype:
+    return np.dtype(np.float32) if is_float(leaf) and leaf.dtype.itemsize < 4 else np.dtype(leaf.dtype)
 
 
 def _log_softmax(x):

@@ -76,7 +76,11 @@ def verify_element(
 
 
 def _in(dtype, params):
-    return map_leaves(lambda _, leaf: np.asarray(leaf, dtype) if is_float(leaf) else leaf, params)
+    return map_leaves(
+        lambda _, leaf: np.asarray(leaf, dtype) if is_float(leaf) else leaf,
+        params,
+        dtype=lambda _, leaf: dtype if is_float(leaf) else leaf.dtype,
+    )
 
 
 def _widen(values):

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxtune import tree
 from jaxtune.errors import DataError
+from jaxtune.lazy import is_lazy, read
 from jaxtune.types import Params
 
 
@@ -24,9 +25,41 @@ def open_params(init: Callable[[jax.Array, Any], Params], config: Any, params: P
     Raises:
         TreeMismatchError: a leaf too many, a leaf too few, or a shape that is not the config's.
     """
-    tree.check_same({"config": _expected(init, config), "params": params})
-    dtype = widest_dtype(params)
-    return tree.map_leaves(lambda _, leaf: jnp.asarray(leaf).astype(dtype), params)
+    return _Parts(init, config, params).whole()
+
+
+def open_parts(init: Callable[[jax.Array, Any], Params], config: Any, params: Params) -> Mapping[str, Any]:
+    """The same; where leaves are lazy, each part ("embed", "block_3") is opened when it is looked up and not kept.
+
+    A family whose `apply` looks a part up once, and runs outside `jit`, then needs the memory of its largest part.
+    """
+    parts = _Parts(init, config, params)
+    return parts if any(map(is_lazy, tree.flatten(params).values())) else parts.whole()
+
+
+class _Parts(Mapping):
+    """The children of a tree, checked as a whole and cast to one dtype as they are looked up."""
+
+    def __init__(self, init, config, params):
+        tree.check_same({"config": _expected(init, config), "params": params})
+        self._params, self._dtype = params, widest_dtype(params)
+
+    def __getitem__(self, name):
+        child = self._params[name]
+        if not isinstance(child, Mapping):
+            return jnp.asarray(read(child)).astype(self._dtype)
+        return tree.unflatten(
+            {path: jnp.asarray(read(x)).astype(self._dtype) for path, x in tree.flatten(child).items()}
+        )
+
+    def __iter__(self):
+        return iter(self._params)
+
+    def __len__(self):
+        return len(self._params)
+
+    def whole(self):
+        return {name: self[name] for name in self}
 
 
 def widest_dtype(params: Params) -> np.dtype:

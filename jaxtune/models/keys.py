@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.errors import TreeMismatchError
+from jaxtune.lazy import LazyLeaf, defer_made
 from jaxtune.tree import MAX_LINES, flatten, unflatten
 from jaxtune.types import Leaf, Params
 
@@ -74,6 +75,23 @@ class Row:
         if len({part.dtype for part in parts}) > 1:
             raise ValueError("they become one leaf and have several dtypes")
         return {self.leaves[0]: parts[0] if isinstance(self.stored, str) else np.stack(parts)}
+
+    def decode_lazily(self, tensors: Mapping[str, np.ndarray]) -> dict[str, LazyLeaf]:
+        """The same, each leaf made from the mapped tensors when it is read."""
+        own = {name: tensors[name] for name in self.names}
+        shadows = {name: np.broadcast_to(np.zeros((), x.dtype), x.shape) for name, x in own.items()}
+        if isinstance(self.stored, str):
+            looks = {path: (leaf.shape, leaf.dtype) for path, leaf in self.decode(shadows).items()}
+        else:  # one look stands for all: stacking them would make the leaf
+            parts = [rearrange(shadow, self.patterns[0], self.dims) for shadow in shadows.values()]
+            if len({(part.shape, part.dtype) for part in parts}) > 1:
+                raise ValueError("they become one leaf and differ in shape or dtype")
+            looks = {self.leaves[0]: ((len(parts), *parts[0].shape), parts[0].dtype)}
+
+        def make(path):
+            return lambda: self.decode(own)[path]
+
+        return {path: defer_made(*look, make(path), list(own.values())) for path, look in looks.items()}
 
     def encode(self, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
         """The stored tensors from our leaves."""
@@ -138,8 +156,12 @@ class KeyTable:
                 '"model_type" and "architectures" in config.json.'
             )
 
-    def decode(self, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def decode(self, tensors: Mapping[str, np.ndarray], *, lazy: bool = False) -> dict[str, Any]:
         """Our tree of a checkpoint's tensors.
+
+        Args:
+            tensors: Stored name -> array; views of mapped files where `lazy`.
+            lazy: Whether each leaf is made when it is read (`jaxtune.lazy`).
 
         Raises:
             TreeMismatchError: as `check`; a tensor of another shape than its row says; tied names that differ.
@@ -151,10 +173,10 @@ class KeyTable:
                     f"{name} and {original} are tied by config.json and differ in the file. "
                     'Set "tie_word_embeddings" to false if they are meant to differ, or drop one.'
                 )
-        leaves: dict[str, np.ndarray] = {}
+        leaves: dict[str, Leaf] = {}
         for row in self.rows:
             try:
-                leaves |= row.decode(tensors)
+                leaves |= row.decode_lazily(tensors) if lazy else row.decode(tensors)
             except ValueError as error:
                 shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in row.names[:3])
                 raise TreeMismatchError(

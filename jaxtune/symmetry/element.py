@@ -15,7 +15,7 @@ from jaxtune.rng import named_key
 from jaxtune.symmetry.kinds import kind_of
 from jaxtune.symmetry.permutations import PERMUTATION
 from jaxtune.symmetry.spec import Spec
-from jaxtune.tree import flatten, unflatten
+from jaxtune.tree import map_leaves
 from jaxtune.types import Leaf, Params
 
 Element = Mapping[str, Any]
@@ -51,7 +51,7 @@ def apply(spec: Spec, element: Element, params: Params) -> dict[str, Any]:
     """
     spec.check(params)
     check(spec, element)
-    return unflatten({path: apply_to_leaf(spec, element, path, leaf) for path, leaf in flatten(params).items()})
+    return map_leaves(lambda path, leaf: apply_to_leaf(spec, element, path, leaf), params)
 
 
 def apply_to_leaf(spec: Spec, element: Element, path: str, leaf: Leaf, *, skip_axes: tuple[int, ...] = ()) -> Leaf:

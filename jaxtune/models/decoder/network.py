@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtune.models.decoder.blocks import apply_attention, apply_mlp, apply_norm, multiply
 from jaxtune.models.decoder.config import Config
 from jaxtune.models.decoder.leaves import init
-from jaxtune.models.inputs import at_least_float32, open_params
+from jaxtune.models.inputs import at_least_float32, open_parts
 from jaxtune.models.text import draw_text, text_of
 from jaxtune.types import Params
 
@@ -30,7 +30,7 @@ def apply(config: Config, params: Params, batch: Mapping[str, Any]) -> jax.Array
         DataError: no text, ids outside the vocabulary, or a text too long.
     """
     text, mask = text_of(batch, vocab_size=config.vocab_size, max_length=config.num_positions)
-    params = open_params(init, config, params)
+    params = open_parts(init, config, params)
     stream = embed(config, params, text, mask)
     for index in range(config.depth):
         stream = apply_block(config, index, params[f"block_{index}"], stream, mask)
