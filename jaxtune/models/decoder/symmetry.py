@@ -21,7 +21,7 @@ def symmetry(config: Config, *, scales: Literal["fixed", "free"] = "fixed") -> S
     order, and signs in a gated MLP, where the product with the gate passes them. Mixtures: see `declare_experts`.
 
     Fixed axes: tokens, positions, outputs, the table's own width where it is not the stream's, and the gains of
-    queries and keys.
+    queries and keys. Without a head the stream is what comes out, so it stays.
 
     Args:
         config: The network.
@@ -39,9 +39,11 @@ def symmetry(config: Config, *, scales: Literal["fixed", "free"] = "fixed") -> S
             f'scales="free" needs activation relu and no gate, behind which a positive scale passes; this config has '
             f'{config.activation} and gated={config.gated}. Use scales="fixed".'
         )
-    axes = {slot.path: slot.owners for slot in list_slots(config)}
+    is_free = config.head != "none" or config.embed_width is not None
+    stream = STREAM if is_free else None
+    axes = {slot.path: slot.owners if is_free else _hold_stream(slot.owners) for slot in list_slots(config)}
     kind = "permutation" if config.norm == "layer" else "signed_permutation"
-    groups = [Group(STREAM, config.width, kind, role="stream")]
+    groups = [Group(STREAM, config.width, kind, role="stream")] if is_free else []
     for index in range(config.depth):
         groups += _attention_groups(config, f"block_{index}/attn")
         experts = config.experts_of(index)
@@ -50,9 +52,13 @@ def symmetry(config: Config, *, scales: Literal["fixed", "free"] = "fixed") -> S
             kind = "signed_permutation" if config.gated else kind
             groups.append(Group(f"block_{index}/mlp/hidden", config.mlp_width, kind))
         else:
-            more, rows = declare_experts(experts, f"block_{index}/mlp", width_owner=STREAM)
+            more, rows = declare_experts(experts, f"block_{index}/mlp", width_owner=stream)
             groups, axes = [*groups, *more], {**axes, **rows}
-    return make_spec(groups, axes, unmatched=_hidden_biases(config, axes), junctions=[STREAM])
+    return make_spec(groups, axes, unmatched=_hidden_biases(config, axes), junctions=[STREAM] if is_free else [])
+
+
+def _hold_stream(owners):
+    return tuple(None if owner in (STREAM, f"{STREAM}~") else owner for owner in owners)
 
 
 def _attention_groups(config, path):

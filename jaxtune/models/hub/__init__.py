@@ -12,7 +12,21 @@ from jaxtune.errors import ConfigError
 from jaxtune.models.keys import KeyTable
 
 # model_type in config.json -> module. A module loads when a checkpoint of its family is read.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "opt": "opt",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2_moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+}
 
 
 def is_stored_family(values: Mapping[str, Any]) -> bool:
