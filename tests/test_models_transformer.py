@@ -19,6 +19,7 @@ ORACLE = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "relu": lambda x: np.where(x > 0, x, 0.0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
 }
 
 
@@ -198,7 +199,7 @@ def test_images_that_are_not_the_configs(image, reason):
         ({"depth": 0}, "depth: must be an int, at least 1, got 0"),
         ({"width": 24.0}, "width: must be an int"),
         ({"norm_eps": 0.0}, "norm_eps: must be a positive number"),
-        ({"pooling": "max"}, "pooling: must be one of 'class', 'mean', got 'max'"),
+        ({"pooling": "max"}, "pooling: must be one of 'class', 'mean', .*'attention', got 'max'"),
         ({"stream_norm": 1}, "stream_norm: must be True or False, got 1"),
     ],
 )

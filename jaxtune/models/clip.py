@@ -1,11 +1,10 @@
-"""CLIP: an image tower and a text tower that meet in one embedding space."""
+"""CLIP and SigLIP: an image tower and a text tower that meet in one embedding space."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +15,10 @@ from jaxtune.models import vit
 from jaxtune.models.config import check_fields
 from jaxtune.models.inputs import at_least_float32, open_params
 from jaxtune.models.readout import DEFAULT_SCALE, normalise_features
-from jaxtune.models.transformer import Activation, Block, LayerNorm, check_heads
-from jaxtune.models.transformer_form import declare_form, join_forms
-from jaxtune.models.transformer_symmetry import Inside, Junctions, StackSymmetry, declare_stack
+from jaxtune.models.text_tower import TextTransformer, declare_text, declare_text_form, example_text, init_text
+from jaxtune.models.transformer import Activation, check_heads
+from jaxtune.models.transformer_form import join_forms
+from jaxtune.models.transformer_symmetry import Inside, Junctions
 from jaxtune.rng import named_key
 from jaxtune.symmetry import Spec, make_spec
 from jaxtune.types import Params
@@ -26,7 +26,15 @@ from jaxtune.types import Params
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Sizes and choices of the text tower: causal, pre-LN, read where the end-of-text token stands."""
+    """Sizes and choices of the text tower: pre-LN, read where the end-of-text token stands.
+
+    Attributes:
+        is_causal: Whether a token sees those before it alone.
+        pooling: Which token is read. "max_id": the one with the greatest id, which end-of-text has in CLIP's own
+            vocabulary. "end": the first that is `end_id`. "last": the last of the array, padding or not (SigLIP).
+        head: "linear": a projection to the shared space. "none": the features come out, in the stream's own order.
+        head_bias: Whether the projection has a bias.
+    """
 
     vocab_size: int
     context_length: int
@@ -36,22 +44,36 @@ class TextConfig:
     mlp_width: int
     activation: Activation = "gelu"
     norm_eps: float = 1e-5
+    is_causal: bool = True
+    pooling: Literal["max_id", "end", "last"] = "max_id"
+    end_id: int | None = None
+    head: Literal["linear", "none"] = "linear"
+    head_bias: bool = False
 
     def __post_init__(self):
         check_fields(self)
         check_heads(self)
+        if (self.pooling == "end") != (self.end_id is not None):
+            raise ConfigError(f"end_id belongs to pooling 'end', got {self.end_id} with {self.pooling!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Both towers; `vision.num_outputs` is the shared space's `embed_dim`."""
+    """Both towers; `vision.num_outputs` is the shared space's `embed_dim`.
+
+    Attributes:
+        logit_bias: Whether logits have an offset, as the sigmoid loss wants (SigLIP).
+    """
 
     vision: vit.Config
     text: TextConfig
     embed_dim: int
+    logit_bias: bool = False
 
     def __post_init__(self):
         check_fields(self)
+        if self.text.head == "none" or (self.vision.head == "none" and self.vision.pooling != "attention"):
+            raise ConfigError("both towers must end in the shared space: one has no head.")
         if self.vision.num_outputs != self.embed_dim:
             raise ConfigError(
                 f"vision.num_outputs is {self.vision.num_outputs}, embed_dim {self.embed_dim}: "
@@ -59,49 +81,32 @@ class Config:
             )
 
 
-class TextTransformer(nn.Module):
-    """int[N, L] -> float[N, embed_dim], in the dtype of the parameters."""
-
-    config: TextConfig
-    embed_dim: int
-
-    @nn.compact
-    def __call__(self, text):
-        config, num_tokens = self.config, text.shape[1]
-        table = (config.vocab_size, config.width)
-        embedding = self.param("token_embedding", nn.initializers.normal(0.02), table, jnp.float32)
-        table = (config.context_length, config.width)
-        position = self.param("position", nn.initializers.normal(0.01), table, jnp.float32)
-        # An id outside the vocabulary reads NaN, not a neighbour's row.
-        x = embedding.at[text].get(mode="fill", fill_value=jnp.nan) + position[None, :num_tokens]
-        for index in range(config.depth):
-            x = Block(config, is_causal=True, name=f"block_{index}")(x)
-        end = jnp.argmax(text, axis=1)  # end-of-text has the greatest id
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        x = LayerNorm(config.norm_eps, name="final_norm")(x)
-        return nn.Dense(self.embed_dim, use_bias=False, name="projection")(x)
-
-
 def init(key: jax.Array, config: Config) -> dict[str, Any]:
-    """Fresh float32 parameters: {"vision", "text", "logit_scale"}; the last is a logarithm, of 1 / 0.07."""
-    return {
+    """Fresh float32 parameters: {"vision", "text", "logit_scale"}; the last is a logarithm, of 1 / 0.07.
+
+    With `logit_bias` also that, -10 as in SigLIP.
+    """
+    params = {
         "vision": vit.init(named_key(key, "vision"), config.vision),
-        "text": _init_text(named_key(key, "text"), config),
+        "text": init_text(named_key(key, "text"), config),
         "logit_scale": jnp.asarray(math.log(DEFAULT_SCALE), jnp.float32),
     }
+    return params | ({"logit_bias": jnp.asarray(-10.0, jnp.float32)} if config.logit_bias else {})
 
 
 def apply(config: Config, params: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Features of whatever the batch holds.
 
-    Logits are `logit_scale * image_features @ text_features.T`.
+    Logits are `logit_scale * image_features @ text_features.T`, plus `logit_bias` where there is one.
 
     Shapes:
         batch["image"]: float[N, image_size, image_size, channels], optional.
         batch["text"]: int[M, L] with L at most `context_length`, optional.
+        batch["mask"]: bool[M, L], True where a token is real, optional; without it all are.
         result["image_features"]: float32[N, embed_dim], unit rows.
         result["text_features"]: float32[M, embed_dim], unit rows.
         result["logit_scale"]: float32[]. The factor itself, exp of the leaf.
+        result["logit_bias"]: float32[], where the config has one.
         All float64 where the parameters are.
 
     Raises:
@@ -111,11 +116,14 @@ def apply(config: Config, params: Params, batch: Mapping[str, Any]) -> dict[str,
     if not {"image", "text"} & batch.keys():
         raise DataError(f'the batch has neither "image" nor "text"; it has: {", ".join(batch) or "nothing"}.')
     params = open_params(init, config, params)
-    outputs = {"logit_scale": jnp.exp(params["logit_scale"].astype(at_least_float32(params["logit_scale"].dtype)))}
+    wide = at_least_float32(params["logit_scale"].dtype)
+    outputs = {"logit_scale": jnp.exp(params["logit_scale"].astype(wide))}
+    if config.logit_bias:
+        outputs["logit_bias"] = params["logit_bias"].astype(wide)
     if "image" in batch:
         outputs["image_features"] = encode_image(config, params, batch["image"])
     if "text" in batch:
-        outputs["text_features"] = encode_text(config, params, batch["text"])
+        outputs["text_features"] = encode_text(config, params, batch["text"], mask=batch.get("mask"))
     return outputs
 
 
@@ -129,18 +137,30 @@ def encode_image(config: Config, params: Params, image: jax.Array) -> jax.Array:
     Raises:
         TreeMismatchError, DataError: as `apply`.
     """
-    return normalise_features(vit.apply(config.vision, params["vision"], {"image": image}))
+    return normalise_features(vit.encode(config.vision, params["vision"], {"image": image}))
 
 
-def encode_text(config: Config, params: Params, text: jax.Array) -> jax.Array:
-    """Unit features of texts; whatever follows the end-of-text token does not count.
+def encode_text(config: Config, params: Params, text: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    """Unit features of texts; whatever follows the end-of-text token does not count in a causal tower.
 
     Shapes:
         text: int[N, L], L at most `context_length`. An id outside the vocabulary gives NaN.
+        mask: bool[N, L], False where nobody may look.
         result: float32[N, embed_dim]; float64 where the parameters are.
 
     Raises:
         TreeMismatchError, DataError: as `apply`.
+    """
+    return normalise_features(read_text(config, params["text"], text, mask=mask))
+
+
+def read_text(config: Any, params: Params, text: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    """Features of texts as the tower gives them, of any length.
+
+    Args:
+        config: Has `text` and `embed_dim`.
+        params: Of the text tower alone.
+        text, mask: As `encode_text`.
     """
     text = jnp.asarray(text)
     if text.ndim != 2 or text.shape[1] > config.text.context_length or text.dtype.kind not in "iu":
@@ -148,8 +168,12 @@ def encode_text(config: Config, params: Params, text: jax.Array) -> jax.Array:
             f"text is {tree.describe_leaf(text)}, the model takes int[N, L] with L at most "
             f"{config.text.context_length}. Use a tokenizer with the context of this checkpoint."
         )
-    params = open_params(_init_text, config, params["text"])
-    return normalise_features(TextTransformer(config.text, config.embed_dim).apply({"params": params}, text))
+    if mask is not None and (mask.shape != text.shape or mask.dtype.kind not in "biu"):
+        raise DataError(f"mask is {tree.describe_leaf(mask)}, expected bool{list(text.shape)}: True for real tokens.")
+    mask = None if mask is None else jnp.asarray(mask).astype(bool)
+    params = open_params(init_text, config, params)
+    outputs = TextTransformer(config.text, config.embed_dim).apply({"params": params}, text, mask)
+    return outputs.astype(at_least_float32(outputs.dtype))
 
 
 def zero_shot_classifier(
@@ -202,15 +226,14 @@ def zero_shot_classifier(
 
 def example(key: jax.Array, config: Config, size: int) -> dict[str, jax.Array]:
     """Images and random token ids to compare two networks on."""
-    text = config.text
-    ids = jax.random.randint(named_key(key, "text"), (size, text.context_length), 0, text.vocab_size, jnp.int32)
-    return {**vit.example(key, config.vision, size), "text": ids}
+    return {**vit.example(key, config.vision, size), **example_text(key, config.text, size)}
 
 
 def as_matrix(outputs: Mapping[str, jax.Array]) -> jax.Array:
     """Logits of images against texts: float[N, M]."""
-    scale = outputs["logit_scale"].astype(outputs["image_features"].dtype)
-    return scale * (outputs["image_features"] @ outputs["text_features"].T)
+    dtype = outputs["image_features"].dtype
+    logits = outputs["logit_scale"].astype(dtype) * (outputs["image_features"] @ outputs["text_features"].T)
+    return logits + outputs["logit_bias"].astype(dtype) if "logit_bias" in outputs else logits
 
 
 def symmetry(config: Config, *, junctions: Junctions = "shared", inside: Inside = "separate") -> Spec:
@@ -224,46 +247,20 @@ def symmetry(config: Config, *, junctions: Junctions = "shared", inside: Inside 
         ConfigError: shared junctions of an image tower with shortcuts.
     """
     vision = vit.declare_tower(config.vision, prefix="vision/", junctions=junctions, inside=inside)
-    text = _declare_text(config.text, junctions=junctions, inside=inside)
+    text = declare_text(config.text, prefix="text/", junctions=junctions, inside=inside)
+    forms = (
+        vit.declare_tower_form(config.vision, prefix="vision/"),
+        declare_text_form(config.text, prefix="text/"),
+    )
     return make_spec(
         [*vision.groups, *text.groups],
-        {**vision.axes, **text.axes, "logit_scale": ()},
+        {**vision.axes, **text.axes, "logit_scale": (), **({"logit_bias": ()} if config.logit_bias else {})},
         unmatched=[*vision.unmatched, *text.unmatched],
         junctions=vision.junctions,
-        form=None if config.vision.shortcuts else _declare_form(config),
+        form=None if None in forms else join_forms(*forms),
     )
 
 
 def is_trainable(config: Config, path: str) -> bool:
     """False for the shortcut kernels of the image tower."""
     return vit.is_trainable(config.vision, path)
-
-
-def _declare_text(config: TextConfig, *, junctions: Junctions, inside: Inside) -> StackSymmetry:
-    stack = declare_stack(config, prefix="text/", junctions=junctions, inside=inside)
-    stack.axes.update(
-        {
-            "text/token_embedding": (None, stack.entry),
-            "text/position": (None, stack.entry),
-            "text/final_norm/scale": (stack.exit,),
-            "text/final_norm/bias": (stack.exit,),
-            "text/projection/kernel": (stack.exit, None),
-        }
-    )
-    return stack
-
-
-def _declare_form(config):
-    text = declare_form(
-        config.text,
-        prefix="text/",
-        inputs=["token_embedding", "position"],
-        head="projection/kernel",
-        head_bias=None,
-    )
-    return join_forms(vit.declare_tower_form(config.vision, prefix="vision/"), text)
-
-
-def _init_text(key, config):
-    text = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
-    return TextTransformer(config.text, config.embed_dim).lazy_init(key, text)["params"]

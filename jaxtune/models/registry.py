@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxtune.errors import ConfigError
-from jaxtune.models import clip, decoder, hub, mlp, resnet, vit
+from jaxtune.models import clip, clip_text, decoder, hub, mlp, resnet, vit
 from jaxtune.models.config import from_fields, to_fields
 from jaxtune.models.keys import KeyTable
 from jaxtune.symmetry import Spec
@@ -51,7 +51,15 @@ FAMILIES: dict[str, Family] = {
         apply_train=resnet.apply_train,
         is_trainable=resnet.is_trainable,
     ),
-    "jaxtune_vit": Family(vit.Config, vit.init, vit.apply, vit.symmetry, vit.example, is_trainable=vit.is_trainable),
+    "jaxtune_vit": Family(
+        vit.Config,
+        vit.init,
+        vit.apply,
+        vit.symmetry,
+        vit.example,
+        as_matrix=vit.as_matrix,
+        is_trainable=vit.is_trainable,
+    ),
     "jaxtune_clip": Family(
         clip.Config,
         clip.init,
@@ -60,6 +68,14 @@ FAMILIES: dict[str, Family] = {
         clip.example,
         as_matrix=clip.as_matrix,
         is_trainable=clip.is_trainable,
+    ),
+    "jaxtune_clip_text": Family(
+        clip_text.Config,
+        clip_text.init,
+        clip_text.apply,
+        clip_text.symmetry,
+        clip_text.example,
+        as_matrix=vit.as_matrix,
     ),
     "jaxtune_decoder": Family(decoder.Config, decoder.init, decoder.apply, decoder.symmetry, decoder.example),
 }

@@ -11,9 +11,10 @@ def declare_form(
     *,
     prefix: str = "",
     inputs: Sequence[str],
-    head: str,
-    head_bias: str | None,
+    readers: Sequence[tuple[str, str | None]],
     entry_norm: str | None = None,
+    is_gated: bool = False,
+    pool: str | None = None,
 ) -> Form:
     """The form of one tower.
 
@@ -21,9 +22,10 @@ def declare_form(
         config: Depth of the stack.
         prefix: Stands before every path, for instance "vision/".
         inputs: Leaves that write the first stream, without the prefix.
-        head: Kernel behind the final norm, without the prefix.
-        head_bias: Its bias, None where it has none.
+        readers: Kernels behind the final norm and their biases, None where there is none, without the prefix.
         entry_norm: Norm between the inputs and the stream, None where there is none.
+        is_gated: Whether the MLPs have gates, which read the same norm.
+        pool: Attention whose keys and values read the final norm (`AttentionPool`), None where there is none.
     """
 
     def at(path):
@@ -32,27 +34,30 @@ def declare_form(
     def dense(path):
         return Reader(at(f"{path}/kernel"), at(f"{path}/bias"))
 
+    def attend(path):
+        return Attention(
+            v_kernel=at(f"{path}/v/kernel"),
+            v_bias=at(f"{path}/v/bias"),
+            k_bias=at(f"{path}/k/bias"),
+            out_kernel=at(f"{path}/out/kernel"),
+            out_bias=at(f"{path}/out/bias"),
+        )
+
     norms, attentions, writers = [], [], [at(path) for path in inputs]
     for index in range(config.depth):
         block = f"block_{index}"
-        readers = {
+        of_block = {
             "norm1": tuple(dense(f"{block}/attn/{name}") for name in "qkv"),
-            "norm2": (dense(f"{block}/mlp/up"),),
+            "norm2": tuple(dense(f"{block}/mlp/{name}") for name in (("gate", "up") if is_gated else ("up",))),
         }
-        norms += [Norm(at(f"{block}/{n}/scale"), at(f"{block}/{n}/bias"), reader) for n, reader in readers.items()]
-        attention = at(f"{block}/attn")
-        attentions.append(
-            Attention(
-                v_kernel=f"{attention}/v/kernel",
-                v_bias=f"{attention}/v/bias",
-                k_bias=f"{attention}/k/bias",
-                out_kernel=f"{attention}/out/kernel",
-                out_bias=f"{attention}/out/bias",
-            )
-        )
+        norms += [Norm(at(f"{block}/{n}/scale"), at(f"{block}/{n}/bias"), reader) for n, reader in of_block.items()]
+        attentions.append(attend(f"{block}/attn"))
         writers += [at(f"{block}/{part}/{leaf}") for part in ("attn/out", "mlp/down") for leaf in ("kernel", "bias")]
-    reader = Reader(at(head), None if head_bias is None else at(head_bias))
-    norms.append(Norm(at("final_norm/scale"), at("final_norm/bias"), (reader,)))
+    last = [Reader(at(kernel), None if bias is None else at(bias)) for kernel, bias in readers]
+    if pool is not None:
+        last += [dense(f"{pool}/{name}") for name in "kv"]
+        attentions.append(attend(pool))
+    norms.append(Norm(at("final_norm/scale"), at("final_norm/bias"), tuple(last)))
     entries = ()
     if entry_norm is not None:
         scale, bias = (at(f"{entry_norm}/{leaf}") for leaf in ("scale", "bias"))

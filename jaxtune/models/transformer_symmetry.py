@@ -45,6 +45,9 @@ def declare_stack(
     shortcuts: bool = False,
     junctions: Junctions = "shared",
     inside: Inside = "separate",
+    layer_scale: bool = False,
+    is_gated: bool = False,
+    has_qkv_bias: bool = True,
 ) -> StackSymmetry:
     """The symmetry of the blocks alone.
 
@@ -56,6 +59,8 @@ def declare_stack(
             junction as in TransFusion, "stream_0" to "stream_{2 depth}".
         inside: "separate": the units of a head that queries and keys share ("qk") apart from those that
             values and the output share ("vo"). "joint": one order for both, "inside", as in TransFusion.
+        layer_scale, is_gated, has_qkv_bias: As in `Block`. A gain follows the stream that its branch writes. A gated
+            hidden unit may also change its sign, which the gate does not see.
 
     Raises:
         UnknownNameError: another value of `junctions` or `inside`.
@@ -87,30 +92,30 @@ def declare_stack(
             stack.groups.append(Group(name, units, parent=head, role=name.rsplit("/", 1)[1]))
         if each:
             stack.groups.append(Group(between, config.width, role="stream"))
-        stack.groups.append(Group(hidden, config.mlp_width, role="hidden"))
+        kind = "signed_permutation" if is_gated else "permutation"
+        stack.groups.append(Group(hidden, config.mlp_width, kind, role="hidden"))
         if each:
             stack.groups.append(Group(after, config.width, role="stream"))
+        stack.axes.update({f"{block}/norm1/scale": (before,), f"{block}/norm1/bias": (before,)})
+        stack.axes.update(declare_attention(f"{block}/attn", before, between, head, qk, vo, has_qkv_bias=has_qkv_bias))
         stack.axes.update(
             {
-                f"{block}/norm1/scale": (before,),
-                f"{block}/norm1/bias": (before,),
-                f"{block}/attn/q/kernel": (before, head, qk),
-                f"{block}/attn/q/bias": (head, qk),
-                f"{block}/attn/k/kernel": (before, head, f"{qk}*"),
-                f"{block}/attn/k/bias": (head, f"{qk}*"),
-                f"{block}/attn/v/kernel": (before, head, vo),
-                f"{block}/attn/v/bias": (head, vo),
-                f"{block}/attn/out/kernel": (head, f"{vo}*", between),
-                f"{block}/attn/out/bias": (between,),
                 f"{block}/norm2/scale": (between,),
                 f"{block}/norm2/bias": (between,),
                 f"{block}/mlp/up/kernel": (between, hidden),
                 f"{block}/mlp/up/bias": (hidden,),
-                f"{block}/mlp/down/kernel": (hidden, after),
+                f"{block}/mlp/down/kernel": (f"{hidden}*" if is_gated else hidden, after),
                 f"{block}/mlp/down/bias": (after,),
             }
         )
-        stack.unmatched.append(f"{block}/attn/k/bias")
+        if is_gated:
+            stack.axes[f"{block}/mlp/gate/kernel"] = (between, f"{hidden}~")
+            stack.axes[f"{block}/mlp/gate/bias"] = (f"{hidden}~",)
+        if layer_scale:
+            stack.axes[f"{block}/layer_scale1/scale"] = (between,)
+            stack.axes[f"{block}/layer_scale2/scale"] = (after,)
+        if has_qkv_bias:
+            stack.unmatched.append(f"{block}/attn/k/bias")
         if shortcuts:
             rows = {
                 f"{block}/shortcut_attn/kernel": (before, between),
@@ -119,3 +124,29 @@ def declare_stack(
             stack.axes.update(rows)
             stack.unmatched.extend(rows)
     return stack
+
+
+def declare_attention(
+    path: str, reads: str, writes: str | None, head: str, qk: str, vo: str, *, has_qkv_bias: bool, asks: str = ""
+) -> dict[str, tuple[str | None, ...]]:
+    """Path -> owners of one attention.
+
+    Args:
+        path: Of the attention.
+        reads, writes: Owners of what keys and values read and of what the output writes.
+        head, qk, vo: Groups of the heads and of the units inside.
+        has_qkv_bias: Whether queries, keys and values have biases.
+        asks: Owner of what the queries read, where it is not `reads`.
+    """
+    rows = {
+        f"{path}/q/kernel": (asks or reads, head, qk),
+        f"{path}/q/bias": (head, qk),
+        f"{path}/k/kernel": (reads, head, f"{qk}*"),
+        f"{path}/k/bias": (head, f"{qk}*"),
+        f"{path}/v/kernel": (reads, head, vo),
+        f"{path}/v/bias": (head, vo),
+        f"{path}/out/kernel": (head, f"{vo}*", writes),
+        f"{path}/out/bias": (writes,),
+    }
+    gone = () if has_qkv_bias else [f"{path}/{name}/bias" for name in "qkv"]
+    return {leaf: owners for leaf, owners in rows.items() if leaf not in gone}
