@@ -68,7 +68,7 @@ def toy_transformer(seed, *, width=64, depth=3, heads=4, hidden=128, junctions="
         axes[f"block_{b}/mlp/down/bias"] = (after,)
     blind = [f"block_{b}/attn/k/bias" for b in range(depth)]
     form = declare_form(
-        SimpleNamespace(depth=depth), inputs=["patch/kernel", "position"], head="head/kernel", head_bias=None
+        SimpleNamespace(depth=depth), inputs=["patch/kernel", "position"], readers=[("head/kernel", None)]
     )
     return symmetry.make_spec(groups, axes, unmatched=blind, junctions=names, form=form), tree.unflatten(params)
 
