@@ -7,13 +7,14 @@ into the nested dict; names of other families have no "/" and stay whole, one le
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxtune.checkpoint import files, npz, orbax, safetensors
+from jaxtune.checkpoint import files, npz, orbax, safetensors, torch_convert
+from jaxtune.checkpoint.settle import settle_config
 from jaxtune.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME, read_shards
 from jaxtune.errors import CheckpointError, TreeMismatchError
 from jaxtune.tree import unflatten
@@ -27,7 +28,8 @@ MAX_DEPTH = 64  # of a tensor's path; recursion over a tree stays far from Pytho
 EXPECTED = (
     f"Expected one of: a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or shards and {INDEX_NAME}; "
     "a single .safetensors; an .npz; an orbax folder, "
-    f"or a folder with {CONFIG_NAME} and an orbax folder {ORBAX_NAME!r}."
+    f"or a folder with {CONFIG_NAME} and an orbax folder {ORBAX_NAME!r}; a file of torch.save "
+    f"({', '.join(torch_convert.TORCH_SUFFIXES)}), or a folder with it and {CONFIG_NAME}."
 )
 
 
@@ -79,11 +81,14 @@ class Checkpoint:
     Attributes:
         params: Nested dict of read-only arrays in their stored dtype; memory-mapped where the format allows.
         config: The config as parsed, nothing interpreted.
-        format: "folder", "safetensors", "npz" or "orbax".
+        format: "folder", "safetensors", "npz", "orbax" or "torch".
         path: What was loaded.
-        layout: How to store parameters of the same shapes again.
+        layout: How to store parameters of the same shapes again; of torch files as safetensors.
         side_files: Every other file of the folder (tokenizer, licence, …) by relative name -> where to read it.
-        left_out: Files that are not carried along -> why.
+        left_out: Files (and what is in torch files beside the weights) that are not carried along -> why.
+        ties: Name of a tensor -> the earlier name of the very same numbers, where the format tells (torch).
+        read_from: Files that were read, by name, where `layout` names others (torch).
+        network: Native config of the network, where `jaxtune.load` knows the family; None otherwise.
     """
 
     params: Params
@@ -93,6 +98,9 @@ class Checkpoint:
     layout: Layout
     side_files: dict[str, Path]
     left_out: dict[str, str]
+    ties: dict[str, str] = field(default_factory=dict)
+    read_from: dict[str, Path] = field(default_factory=dict)
+    network: Any = None
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -109,7 +117,8 @@ def load(path: str | Path, *, config: Mapping[str, Any] | None = None) -> Checkp
     Args:
         path: A folder with config.json and safetensors, one or many with an index; a single .safetensors (config in
             its metadata under "jaxtune_config", or in config.json beside it); an .npz (config in an entry
-            "config.json", or beside it); an orbax folder.
+            "config.json", or beside it); an orbax folder; a .bin, .pt, .pth or .ckpt of torch.save (config.json beside
+            it), a folder with one, or with its shards.
         config: For a checkpoint that has none. `{}` reads the tensors of a model of unknown family.
 
     Returns:
@@ -127,7 +136,7 @@ def load(path: str | Path, *, config: Mapping[str, Any] | None = None) -> Checkp
         return _load_folder(path, config)
     suffix = path.suffix.lower()
     if suffix in files.PICKLE_SUFFIXES:
-        raise CheckpointError(_refuse_pickle(path))
+        return _load_torch(path, path, config)
     if suffix not in (".safetensors", ".npz"):
         raise CheckpointError(f"{path}: a file that ends in neither .safetensors nor .npz. {EXPECTED}")
     kind = suffix.removeprefix(".")
@@ -177,12 +186,42 @@ def _load_folder(folder, config):
         file, tensors, inside = _read_npz(files.locate(folder, archives[0]))
         stored, configs = [file], configs | inside
     else:
-        raise CheckpointError(_refuse_folder(folder, names))
+        torch_weights = torch_convert.find_weights(folder, names)
+        if torch_weights is None:
+            raise CheckpointError(_refuse_folder(folder, names))
+        return _load_torch(folder, files.locate(folder, torch_weights), config)
     own += [file.name for file in stored]
     side_files, left_out = files.list_side_files(folder, own)
     return _assemble(
         folder, kind, stored, tensors, configs, config,
         beside=beside, index=index, side_files=side_files, left_out=left_out,
+    )  # fmt: skip
+
+
+def _load_torch(path, weights, config):
+    """What torch.save wrote: `weights` is the file, or the index of shards, and `path` that file or its folder."""
+    folder = weights.parent
+    beside = None
+    configs = {}
+    if os.path.lexists(folder / CONFIG_NAME):
+        beside = files.read_small(files.locate(folder, CONFIG_NAME))
+        configs[str(folder / CONFIG_NAME)] = beside
+
+    def drops_ties():
+        return torch_convert.are_ties_restored(settle_config(path, configs, config))
+
+    if weights.name == torch_convert.TORCH_INDEX_NAME:
+        converted = torch_convert.convert_shards(folder, drops_ties=drops_ties)
+    else:
+        converted = torch_convert.convert_file(weights, drops_ties=drops_ties)
+    side_files, left_out = {}, {}
+    if path == folder:
+        side_files, left_out = files.list_side_files(folder, [CONFIG_NAME, *converted.read_from])
+    stored = [StoredFile(name, header) for name, header in converted.headers.items()]
+    return _assemble(
+        path, "torch", stored, converted.tensors, configs, config,
+        beside=beside, index=converted.index, side_files=side_files, left_out=left_out | converted.left_out,
+        ties=converted.ties, read_from=converted.read_from,
     )  # fmt: skip
 
 
@@ -207,39 +246,24 @@ def _read_orbax(folder):
     return StoredFile(ORBAX_NAME, tree), tensors
 
 
-def _assemble(path, kind, stored, tensors, configs, given, *, beside=None, index=None, side_files=None, left_out=None):
+def _assemble(
+    path, kind, stored, tensors, configs, given,
+    *, beside=None, index=None, side_files=None, left_out=None, ties=None, read_from=None,
+):  # fmt: skip
     """The checkpoint, once everything is read."""
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensor. Name another checkpoint.")
     return Checkpoint(
         params=_nest(path, tensors),
-        config=_settle_config(path, configs, given),
+        config=settle_config(path, configs, given),
         format=kind,
         path=path,
         layout=Layout(tuple(stored), beside, index),
         side_files=side_files or {},
         left_out=left_out or {},
+        ties=ties or {},
+        read_from=read_from or {},
     )
-
-
-def _settle_config(path, configs, given):
-    """The one config among those found and the one given."""
-    parsed = {where: files.parse_object(text, where, has_constants=True) for where, text in configs.items()}
-    if given:
-        parsed["the argument config"] = dict(given)
-    if not parsed and given is None:
-        raise CheckpointError(
-            f"{path}: no config: there is no {CONFIG_NAME}, and none inside the file. "
-            f"Put {CONFIG_NAME} beside the weights, or pass config= to jaxtune.load (--config on the command line)."
-        )
-    (first, config), *others = parsed.items() if parsed else [("", {})]
-    for where, other in others:
-        if other != config:
-            odd = sorted(key for key in config.keys() | other.keys() if config.get(key) != other.get(key))
-            raise CheckpointError(
-                f"{path}: two configs that differ in {', '.join(odd)}: {first} and {where}. Keep one."
-            )
-    return config
 
 
 def _nest(path, tensors: dict[str, np.ndarray]):
@@ -272,14 +296,7 @@ def _list(names):
 
 def _refuse_folder(folder, names):
     """Why a folder is not a checkpoint, and what might have been meant."""
-    pickles = [name for name in names if name.endswith(files.PICKLE_SUFFIXES)]
     steps = [name for name in names if files.is_orbax(folder / name)]
-    if pickles:
-        return _refuse_pickle(folder / pickles[0])
     if steps:
         return f"{folder}: not a checkpoint itself; orbax checkpoints in it: {_list(steps)}Name one of them."
     return f"{folder}: nothing recognised. {_list(names)}{EXPECTED}"
-
-
-def _refuse_pickle(path):
-    return f"{path}: pickle files are not read yet (reading one can run code). Convert it to safetensors first."

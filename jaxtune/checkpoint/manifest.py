@@ -73,8 +73,8 @@ def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         CheckpointError: a file can no longer be read.
     """
     layout, path = checkpoint.layout, checkpoint.path
-    places = dict(checkpoint.side_files)
-    for file in layout.files:
+    places = checkpoint.side_files | checkpoint.read_from
+    for file in layout.files if not checkpoint.read_from else ():
         if checkpoint.format == "orbax":
             root = path / file.name if (path / file.name).is_dir() else path
             places |= {f"{file.name}/{name}": root / name for name in list_files(root)}
@@ -82,7 +82,7 @@ def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
             places[file.name] = path / file.name if path.is_dir() else path
     hashes = {name: _hash_file(place) for name, place in places.items()}
     for name, data in ((CONFIG_NAME, layout.config), (INDEX_NAME, layout.index)):
-        if data is not None:
+        if data is not None and not (checkpoint.read_from and name == INDEX_NAME):
             hashes[name] = hashlib.sha256(data).hexdigest()
     return dict(sorted(hashes.items()))
 
