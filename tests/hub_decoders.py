@@ -1,8 +1,11 @@
-"""What every decoder family of transformers is held to: the oracle's outputs, its tensors byte for byte, its symmetry."""
+"""What every decoder family of transformers is held to: the oracle's outputs, tensors byte for byte, symmetry."""
+
+from dataclasses import replace
 
 import jax
 import numpy as np
-from hub_models import assert_close, randomise, write_folder
+import pytest
+from hub_models import assert_close, assert_round_trip, randomise, write_folder
 from small_models import FAST, difference
 
 from jaxtune import symmetry, tree
@@ -71,9 +74,26 @@ def read(folder):
     return registry.config_from_dict(stored.config), stored.params
 
 
-def check_parity(folder, model, *, tolerance=1e-4, **options):
-    """Writes the model and compares what we read with what it computes, on real tokens; returns what was read."""
-    config, params = read(write_folder(folder, model, **options))
+def write(folder, variant, **options):
+    """Writes the model of a variant, (class, fields of its config); returns (folder, model)."""
+    name, fields = variant
+    model = make_model(name, **fields, **options)
+    return write_folder(folder / "model", model), model
+
+
+def stored_fixture(variants):
+    """A fixture (folder, model) for a test module, once for every variant."""
+
+    @pytest.fixture(scope="module", params=variants)
+    def stored(request, tmp_path_factory):
+        return write(tmp_path_factory.mktemp("stored"), variants[request.param])
+
+    return stored
+
+
+def check_parity(folder, model, *, tolerance=1e-4):
+    """Compares what we read from a folder with what the model that wrote it computes, on real tokens."""
+    config, params = read(folder)
     text, mask = draw_texts(config.vocab_size)
     ours = np.asarray(run(config, params, {"text": text, "mask": mask}))
     assert ours.dtype == np.float32
@@ -81,17 +101,52 @@ def check_parity(folder, model, *, tolerance=1e-4, **options):
     theirs = outputs_of_oracle(model, text, mask)
     at = mask if ours.ndim == 3 else np.ones(len(text), bool)
     assert_close(ours[at], theirs[at], tolerance)
-    return config, params
+
+
+def check_bytes(folder, variant):
+    """Every tensor of a float32 and of a bfloat16 folder comes back byte for byte."""
+    for dtype in (None, "bfloat16"):
+        assert_round_trip(write(folder / str(dtype), variant, dtype=dtype)[0])
+
+
+def check_symmetry(folder):
+    """A random element leaves the function of a folder alone, in float32 and in float64."""
+    config, params = read(folder)
+    check_invariance(config, params, dtype=np.float32, tolerance=1e-4)
+    with jax.enable_x64(True):
+        check_invariance(config, params, dtype=np.float64, tolerance=1e-9)
+
+
+def check_defaults(name, **sizes):
+    """A config.json with the sizes alone means to us what it means to transformers."""
+    import transformers
+
+    theirs = getattr(transformers, name)
+    sizes = {"model_type": theirs.model_type, **sizes}
+    ours = registry.config_from_dict(sizes)
+    assert ours == registry.config_from_dict(theirs.from_dict(sizes).to_dict())
 
 
 def check_invariance(config, params, *, dtype, tolerance):
     """A random element of the declared symmetry moves every leaf that it owns and leaves the outputs alone."""
     spec = registry.symmetry_of(config)
     params = tree.map_leaves(lambda _, leaf: np.asarray(leaf, dtype), params)
-    moved = symmetry.apply(spec, symmetry.random(jax.random.key(3), spec), params)
-    before, after = tree.flatten(params), tree.flatten(moved)
+    element = symmetry.random(jax.random.key(3), spec)
+    before, after = tree.flatten(params), tree.flatten(symmetry.apply(spec, element, params))
     assert not [p for p in before if any(spec.axes[p]) and np.array_equal(before[p], after[p])]
+    assert difference_made(config, params, spec, element) <= tolerance
+
+
+def difference_made(config, params, spec, element):
+    """How much an element changes the outputs, padding included, over their root mean square."""
     text, mask = draw_texts(config.vocab_size)
-    first, second = (np.asarray(run(config, p, {"text": text, "mask": mask})) for p in (params, moved))
-    assert first.dtype == dtype
-    assert difference(first, second) <= tolerance
+    batch = {"text": text, "mask": mask}
+    first, second = (np.asarray(run(config, p, batch)) for p in (params, symmetry.apply(spec, element, params)))
+    assert first.dtype == np.float32 or jax.config.jax_enable_x64
+    return difference(first, second)
+
+
+def with_kind(spec, group, kind):
+    """The spec with one group declared as another kind, for elements that its own does not allow."""
+    groups = [replace(own, kind=kind) if own.name == group else own for own in spec.groups.values()]
+    return symmetry.make_spec(groups, {path: [axis and axis.mark for axis in row] for path, row in spec.axes.items()})

@@ -53,15 +53,15 @@ class Fields:
                 self.only(name, *inert)
 
     def __getitem__(self, name: str) -> Any:
-        if name in self.values:
-            return self.values[name]
         if name in self.defaults:
-            return self.defaults[name]
+            return self.values.get(name, self.defaults[name])
+        if self.values.get(name) is not None:
+            return self.values[name]
         raise self.error(f'config.json has no "{name}"; a {self.model_type} needs it. Take the original config.json.')
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field, or `default` where neither the file nor the family has one."""
-        return self[name] if name in self.values or name in self.defaults else default
+        return self.values.get(name, self.defaults.get(name, default))
 
     @property
     def model_type(self) -> str:
