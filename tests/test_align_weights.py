@@ -7,7 +7,8 @@ from toys import add_noise, residual_mlp, share_recovered, toy_transformer
 
 from jaxtune import symmetry, tree
 from jaxtune.align.assignment import solve_assignments
-from jaxtune.align.heads import circuit_scores, exact_scores, head_spectra, inside_scores, spectral_scores
+from jaxtune.align.circuits import circuit_scores
+from jaxtune.align.heads import exact_scores, head_spectra, inside_scores, spectral_scores
 from jaxtune.align.products import leaf_product, unit_scores
 from jaxtune.align.weights import HEAD_COSTS, match_weights
 from jaxtune.errors import NonFiniteError, TreeMismatchError, UnknownNameError

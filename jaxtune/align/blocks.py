@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from jaxtune.align.assignment import score_of, solve_assignment, solve_assignments
-from jaxtune.align.bases import centred_polar_factor, inside_objective, polar_factor, solve_inside
+from jaxtune.align.bases import centred_polar_factor, polar_factor
+from jaxtune.align.circuits import circuit_scores, query_of
 from jaxtune.align.factors import Pairing, solve_order, solve_scales, solve_signs
-from jaxtune.align.heads import exact_scores, head_leaves, inside_scores, pair_tables
+from jaxtune.align.grouped import solve_grouped_heads
+from jaxtune.align.heads import exact_scores, head_leaves, inside_scores
 from jaxtune.align.lengths import unit_squares
 from jaxtune.align.problem import Problem, Weights
 from jaxtune.align.products import add_unit_scores, unit_scores
@@ -36,18 +38,15 @@ def solve_block(
         is_start: Whether the block has no value worth keeping yet.
 
     Raises:
-        SpecError: a head mixes orders and bases inside, or has no two sides.
+        SpecError: a group of a kind that has no matching, or not inside heads.
     """
     spec = problem.spec
     children = spec.children_of(name)
-    kinds = {spec.groups[child].kind for child in children}
     if not children:
         return _solve_units(problem, name, element, weights)
-    if kinds == {"permutation"}:
+    if query_of(spec, name) is None and {spec.groups[child].kind for child in children} == {"permutation"}:
         return _solve_ordered_heads(problem, name, element, weights, is_start=is_start)
-    if kinds == {"general_linear"}:
-        return _solve_linear_heads(problem, name, element, weights, is_start=is_start)
-    raise SpecError(f"group {name}: the groups inside it must all be permutation or all general_linear, not {kinds}.")
+    return solve_grouped_heads(problem, name, element, weights, is_start=is_start)
 
 
 def _solve_units(problem, name, element, weights):
@@ -96,7 +95,8 @@ def _solve_factors(problem, name, element, weights):
 
 
 def _solve_ordered_heads(problem, name, element, weights, *, is_start):
-    inside = inside_scores(problem.spec, name, element, problem.target, problem.source, weights)
+    spec = problem.spec
+    inside = inside_scores(spec, name, element, problem.target, problem.source, weights)
     alone = _unit_sum(problem, name, element, _without_units(problem.spec, name, weights))
     slots = np.arange(len(alone))
 
@@ -113,54 +113,12 @@ def _solve_ordered_heads(problem, name, element, weights, *, is_start):
     if problem.head_cost == "exact":
         order = solve_assignment(exact_scores(inside) + alone)
     elif problem.head_cost == "circuit":
-        order = solve_assignment(problem.circuit_scores(name, element))
+        order = solve_assignment(circuit_scores(spec, name, element, problem.target, problem.source))
     else:
         order = problem.spectral_order(name)
     moves = [move_to(order)] + ([] if is_start else [move_to(element[name])])
     score, values = max(moves, key=lambda move: move[0])
     return float(score - old), values
-
-
-def _solve_linear_heads(problem, name, element, weights, *, is_start):
-    """Heads by their circuits, which no basis inside a head changes; then the basis inside each."""
-    spec = problem.spec
-    alone = _unit_sum(problem, name, element, _without_units(spec, name, weights))
-    # One product for every pair of heads serves the circuits and, for any order, what is inside matched heads.
-    pairs = pair_tables(spec, name, element, problem.target, problem.source)
-    if problem.head_cost == "spectral":
-        order = problem.spectral_order(name)
-    else:
-        order = solve_assignment(problem.circuit_scores(name, element, pairs=pairs) + alone)
-
-    sides = {child: problem.sides(name, child, weights) for child in spec.children_of(name)}
-
-    def move_to(order, *, keep):
-        values, score = {name: order}, score_of(alone, order)
-        for child in spec.children_of(name):
-            cross, (source, target) = _cross(spec, child, pairs, order, weights), sides[child]
-            source = source.reorder(order)
-            current = element[child] if keep else np.broadcast_to(np.eye(cross[0].shape[-1]), cross[0].shape)
-            values[child], scores = solve_inside(cross, source, target, current)
-            score += scores.sum()
-        return score, values
-
-    old = score_of(alone, element[name])
-    for child in spec.children_of(name):
-        grams = sides[child][0].reorder(element[name]).grams
-        old += inside_objective(element[child], _cross(spec, child, pairs, element[name], weights), grams).sum()
-    moves = [move_to(order, keep=False)] + ([] if is_start else [move_to(element[name], keep=True)])
-    score, values = max(moves, key=lambda move: move[0])
-    return float(score - old), values
-
-
-def _cross(spec, child, pairs, order, weights):
-    """`X_A^T X_B` and `Y_A^T Y_B` of matched heads: the closed forms want the source's units as rows."""
-    tables, slots = [0.0, 0.0], np.arange(len(order))
-    for path, unit_axis in spec.leaves_of(child):
-        if path in weights:
-            tables[spec.axes[path][unit_axis].dual] += weights[path] * pairs[path][slots, order].astype(np.float64)
-    empty = np.zeros((len(order), *(spec.groups[child].size,) * 2))
-    return tuple(np.swapaxes(table + empty, -1, -2) for table in tables)
 
 
 def _unit_sum(problem, name, element, weights):

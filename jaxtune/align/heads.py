@@ -1,9 +1,10 @@
-"""How well one network's attention heads fit another's: three scores, one table each.
+"""How well one network's attention heads fit another's: scores for orders of units inside, one table each.
 
 spectral   distance of singular values; blind to any basis, so usable before anything else is known,
            but nearly equal for all heads of a random network (TransFusion)
 exact      best inner product over all orders of the units inside; the objective itself
-circuit    cosine of W_Q W_K^T and of W_V W_O; blind to any invertible map inside the head
+
+A third, blind to any map inside the head, is in `align.circuits`.
 """
 
 from collections.abc import Mapping
@@ -11,9 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxtune.align.assignment import score_of, solve_assignments
+from jaxtune.align.circuits import list_head_leaves
 from jaxtune.align.products import pair_scores
-from jaxtune.errors import SpecError
-from jaxtune.symmetry import element as elements
 from jaxtune.symmetry.element import Element
 from jaxtune.symmetry.spec import Spec
 from jaxtune.types import Leaf
@@ -78,90 +78,6 @@ def exact_scores(inside: Mapping[str, np.ndarray]) -> np.ndarray:
     return sum(score_of(scores, solve_assignments(scores)) for scores in inside.values())
 
 
-def circuit_scores(
-    spec: Spec,
-    head: str,
-    element: Element,
-    target: Mapping[str, Leaf],
-    source: Mapping[str, Leaf],
-    *,
-    norms: Mapping[str, np.ndarray] | None = None,
-    pairs: Mapping[str, np.ndarray] | None = None,
-) -> np.ndarray:
-    """Cosine of the QK circuit plus cosine of the VO circuit, for every pair of heads.
-
-    Invariant under every invertible map inside a head, of either network; needs the residual stream to
-    be aligned, since the circuits live in it. Never forms a [width, width] matrix:
-    `<Q_i K_i^T, Q_j K_j^T> = sum((Q_i^T Q_j) * (K_i^T K_j))`. The query and value biases enter as one
-    more row, as an input that is always 1; the key bias is invisible to softmax and left out.
-
-    Args:
-        spec: Symmetry of both networks.
-        head: Name of the head group.
-        element: Where the residual stream stands.
-        target, source: Flat trees, path -> leaf.
-        norms: Of the circuits, as `circuit_norms` gives; no element changes them, so one call serves a search.
-        pairs: As `pair_tables` gives, where the caller has them already.
-
-    Shapes:
-        returns: float64[target heads, source heads], within [-n, n] for n groups inside.
-
-    Raises:
-        SpecError: QK and VO share one group of units inside the head, so there are no two circuits.
-    """
-    norms = norms or circuit_norms(spec, head, target, source)
-    pairs = pairs or pair_tables(spec, head, element, target, source)
-    total = np.zeros((spec.groups[head].size,) * 2)
-    for child in spec.children_of(head):
-        total += _circuit_products(spec, child, pairs) / norms[child]
-    return total
-
-
-def pair_tables(
-    spec: Spec, head: str, element: Element, target: Mapping[str, Leaf], source: Mapping[str, Leaf]
-) -> dict[str, np.ndarray]:
-    """Inner products of the units inside every pair of heads, leaf by leaf; neither heads nor units are moved.
-
-    Shapes:
-        returns: path -> float32[target heads, source heads, units, units].
-    """
-    return {
-        path: np.asarray(pair_scores(spec, element, path, head_axis, unit_axis, target[path], source[path]))
-        for path, head_axis, unit_axis in head_leaves(spec, head)
-        if path not in spec.unmatched
-    }
-
-
-def circuit_norms(
-    spec: Spec, head: str, target: Mapping[str, Leaf], source: Mapping[str, Leaf]
-) -> dict[str, np.ndarray]:
-    """Norm of each target circuit times norm of each source circuit, by group inside the head.
-
-    Shapes:
-        returns: child group -> float64[target heads, source heads].
-
-    Raises:
-        SpecError: QK and VO share one group of units inside the head, so there are no two circuits.
-    """
-    norms, still = {}, elements.identity(spec)
-    own = [pair_tables(spec, head, still, tree, tree) for tree in (target, source)]
-    for child in spec.children_of(head):
-        if spec.groups[child].role not in ("qk", "vo"):
-            raise SpecError(f"group {child}: circuits need QK and VO in groups of their own, not one for both.")
-        ours, theirs = (np.sqrt(np.maximum(np.diag(_circuit_products(spec, child, pairs)), 0.0)) for pairs in own)
-        norms[child] = np.maximum(ours[:, None] * theirs[None], np.finfo(np.float64).tiny)
-    return norms
-
-
-def _circuit_products(spec, child, pairs):
-    """Inner products of the circuits of every pair of heads."""
-    sides = {False: 0.0, True: 0.0}
-    for path, unit_axis in spec.leaves_of(child):
-        if path in pairs:
-            sides[spec.axes[path][unit_axis].dual] += pairs[path].astype(np.float64)
-    return (sides[False] * sides[True]).sum(axis=(2, 3))
-
-
 def inside_scores(
     spec: Spec,
     head: str,
@@ -192,10 +108,5 @@ def inside_scores(
 
 
 def head_leaves(spec: Spec, head: str) -> list[tuple[str, int, int]]:
-    """(path, head axis, unit axis) of every leaf with units of a head."""
-    found = []
-    for child in spec.children_of(head):
-        for path, unit_axis in spec.leaves_of(child):
-            owners = [axis.group if axis else None for axis in spec.axes[path]]
-            found.append((path, owners.index(head), unit_axis))
-    return found
+    """(path, head axis, unit axis) of every leaf with units of a head; queries are no units."""
+    return [(leaf.path, leaf.axes[0], leaf.axes[2]) for leaf in list_head_leaves(spec, head)]

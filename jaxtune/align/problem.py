@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from jaxtune.align.assignment import solve_assignment, solve_assignment_from
-from jaxtune.align.bases import Sides, make_sides
-from jaxtune.align.heads import circuit_norms, circuit_scores, head_leaves, spectral_scores
+from jaxtune.align.circuits import circuit_norms, own_products
+from jaxtune.align.heads import spectral_scores
+from jaxtune.align.inside import INSIDE
 from jaxtune.align.lengths import balance_units
-from jaxtune.align.products import leaf_product, slot_scores
+from jaxtune.align.products import leaf_product
 from jaxtune.align.shortlist import Standing
 from jaxtune.lazy import ReadOnUse
 from jaxtune.symmetry import element as elements
@@ -19,7 +20,7 @@ from jaxtune.symmetry.spec import Spec
 
 Weights = Mapping[str, float]
 # Kinds that change the norm of what they move.
-STRETCHING_KINDS = ("general_linear", "scaled_permutation")
+STRETCHING_KINDS = ("general_linear", "rotary", "scaled_permutation")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Problem:
     owners: Mapping[str, frozenset[str]]
     head_cost: str
     _spectral: dict[str, np.ndarray] = field(default_factory=dict)
-    _sides: dict[str, tuple[Sides, Sides]] = field(default_factory=dict)
+    _sides: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     _norms: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     _standing: dict[str, Standing | None] = field(default_factory=dict)
     _scales: list[dict[str, np.ndarray]] = field(default_factory=list)
@@ -78,12 +79,11 @@ class Problem:
             self._spectral[head] = solve_assignment(spectral_scores(self.spec, head, self.target, self.source))
         return self._spectral[head]
 
-    def circuit_scores(self, head: str, element, *, pairs: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-        """`heads.circuit_scores`; the norms of the circuits are taken once."""
+    def circuit_norms(self, head: str) -> dict[str, np.ndarray]:
+        """`circuits.circuit_norms`, taken once: no element changes them."""
         if head not in self._norms:
             self._norms[head] = circuit_norms(self.spec, head, self.target, self.source)
-        norms = self._norms[head]
-        return circuit_scores(self.spec, head, element, self.target, self.source, norms=norms, pairs=pairs)
+        return self._norms[head]
 
     def balanced_scales(self) -> list[dict[str, np.ndarray]]:
         """Scales after which each unit of the target and of the source is as long on both sides; taken once."""
@@ -91,17 +91,16 @@ class Problem:
             self._scales.extend(balance_units(self.spec, tree, self.weights) for tree in (self.target, self.source))
         return self._scales
 
-    def sides(self, head: str, child: str, weights: Weights) -> tuple[Sides, Sides]:
-        """Source's and target's own sides of the circuits of `child`; taken once for the full set of leaves."""
+    def sides(self, head: str, child: str, weights: Weights) -> tuple[Any, Any]:
+        """What `align.inside` wants to know of source and target apart; taken once for the full set of leaves."""
+        make = INSIDE[self.spec.groups[child].kind].sides
+        if make is None:
+            return None, None
         paths = [path for path, _ in self.spec.leaves_of(child) if path in self.weights]
         is_whole = all(weights.get(path) == self.weights[path] for path in paths)
         if is_whole and child in self._sides:
             return self._sides[child]
-        still = elements.identity(self.spec)
-        pair = tuple(
-            make_sides(*slot_tables(self.spec, head, child, still, tree, tree, weights))
-            for tree in (self.source, self.target)
-        )
+        pair = tuple(make(*own_products(self.spec, head, child, tree, weights)) for tree in (self.source, self.target))
         if is_whole:
             self._sides[child] = pair
         return pair
@@ -170,15 +169,3 @@ def make_problem(
         },
         head_cost=head_cost,
     )
-
-
-def slot_tables(spec, head, child, element, rows, columns, weights):
-    """Products of units inside matched heads, over the plain and over the dual leaves: float64[heads, n, n] each."""
-    size = spec.groups[child].size
-    tables = [np.zeros((spec.groups[head].size, size, size)) for _ in range(2)]
-    for path, head_axis, unit_axis in head_leaves(spec, head):
-        axis = spec.axes[path][unit_axis]
-        if axis.group == child and path in weights:
-            product = slot_scores(spec, element, path, head_axis, unit_axis, rows[path], columns[path])
-            tables[axis.dual] += weights[path] * np.asarray(product, np.float64)
-    return tables

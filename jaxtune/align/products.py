@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune.symmetry.element import Element, apply_to_leaf
 from jaxtune.symmetry.monomial import factors_of, order_of
+from jaxtune.symmetry.rotary import both_halves, side_of
 from jaxtune.symmetry.spec import Spec
 from jaxtune.types import Leaf
 
@@ -68,6 +69,60 @@ def pair_scores(
     return _pair_scores(target, source, values, layout=layout, parent_axis=parent_axis, axis=axis)
 
 
+def query_pairs(
+    spec: Spec,
+    element: Element,
+    path: str,
+    axes: tuple[int, int, int],
+    target: Leaf,
+    source: Leaf,
+    *,
+    by_plane: bool = False,
+) -> jax.Array:
+    """The same for every pair of queries inside every pair of heads; neither heads, queries nor units are moved.
+
+    Args:
+        axes: Of the heads, of the queries (-1 where the leaf has none) and of the units.
+        by_plane: Whether the units are rotary planes: then entry i + n/2 is the imaginary part of entry i, and
+            what comes back is the product `sum conj(target) source` of each plane with its like.
+
+    Shapes:
+        returns: float32[target heads, source heads, target queries, source queries, n, n], or
+            complex64[target heads, source heads, target queries, source queries, n/2]; queries 1 without an axis.
+    """
+    layout, values = _layout_of(spec, element, path, skip=axes)
+    product = _plane_pairs if by_plane else _query_pairs
+    return product(target, source, values, layout=layout, axes=axes)
+
+
+def unit_squares_of_slots(leaf: Leaf, parent_axis: int, axis: int) -> jax.Array:
+    """Squared norms of the units inside each parent: float32[parents, n]."""
+    return _unit_squares_of_slots(leaf, parent_axis=parent_axis, axis=axis)
+
+
+def add_scores_of_slot(
+    scores: jax.Array | None,
+    weight: float,
+    spec: Spec,
+    element: Element,
+    path: str,
+    axes: tuple[int, int],
+    target: Leaf,
+    source: Leaf,
+) -> jax.Array:
+    """`add_unit_scores` inside one pair of matched parents.
+
+    Args:
+        axes: Of the parents, which `target` and `source` no longer have, and of the units in the whole leaf.
+        target, source: The parts of the leaf that belong to the two parents.
+    """
+    parent_axis, axis = axes
+    layout, values = _layout_of(spec, element, path, skip=axes)
+    layout = tuple(entry for position, entry in enumerate(layout) if position != parent_axis)
+    axis -= parent_axis < axis
+    return _add_unit_scores(scores, np.float32(weight), target, source, values, layout=layout, axis=axis)
+
+
 def leaf_product(spec: Spec, element: Element, path: str, target: Leaf, source: Leaf) -> tuple[float, float]:
     """`<target, g(source)>` and `<g(source), g(source)>` over one leaf."""
     is_ordered = all(axis is None or spec.groups[axis.group].kind == "permutation" for axis in spec.axes[path])
@@ -81,8 +136,8 @@ def leaf_product(spec: Spec, element: Element, path: str, target: Leaf, source: 
     return float(product), float(square)
 
 
-# One entry per axis of a leaf: None where nothing moves, else how it moves ("take", "scale" or "turn") and the axis
-# of the parent, -1 without one.
+# One entry per axis of a leaf: None where nothing moves, else how it moves ("take", "scale", "sign", "spin" or "turn")
+# and the axis of the parent, -1 without one.
 Layout = tuple[tuple[str, int] | None, ...]
 
 
@@ -102,6 +157,13 @@ def _layout_of(spec, element, path, *, skip):
             factors = factors_of(element[owner], dual=axis.dual).astype(np.float32)
             layout.append(("scale", parent_axis))
             values.append((order_of(element[owner]), np.ones_like(factors) if axis.order_only else factors))
+        elif group.kind == "rotary_signs":
+            layout.append(("sign", parent_axis))
+            values.append(both_halves(element[owner]).astype(np.float32))
+        elif group.kind == "rotary":
+            layout.append(("spin", parent_axis))
+            numbers = side_of(element[owner], dual=axis.dual)
+            values.append((numbers.real.astype(np.float32), numbers.imag.astype(np.float32)))
         else:
             matrix = np.asarray(element[owner])
             if axis.dual and group.kind == "general_linear":
@@ -123,6 +185,12 @@ def _move(leaf, values, layout):
         elif how == "scale":
             order, factors = value
             leaf = _take(leaf, order, axis, parent_axis) * _spread(factors.astype(leaf.dtype), leaf, axis, parent_axis)
+        elif how == "sign":
+            leaf = leaf * _spread(value.astype(leaf.dtype), leaf, axis, parent_axis)
+        elif how == "spin":
+            x, y = jnp.split(leaf, 2, axis=axis)
+            re, im = (_spread(part.astype(leaf.dtype), x, axis, parent_axis) for part in value)
+            leaf = jnp.concatenate([x * re - y * im, x * im + y * re], axis=axis)
         else:
             leaf = _take(leaf, value, axis, parent_axis)
     return leaf
@@ -180,6 +248,37 @@ def _slot_scores(target, source, values, *, layout: Layout, parent_axis: int, ax
 def _pair_scores(target, source, values, *, layout: Layout, parent_axis: int, axis: int):
     target, source = _moved_pair(target, source, values, layout)
     return _einsum(_by_parent(target, parent_axis, axis), _by_parent(source, parent_axis, axis), "hix,gjx->hgij")
+
+
+def _by_query(leaf, axes):
+    """[head, query, unit, rest], one query where the leaf has no axis of them."""
+    head, query, unit = axes
+    if query < 0:
+        return _by_parent(leaf, head, unit)[:, None]
+    moved = jnp.moveaxis(leaf, axes, (0, 1, 2))
+    return moved.reshape(*moved.shape[:3], -1)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "axes"))
+def _query_pairs(target, source, values, *, layout: Layout, axes: tuple[int, int, int]):
+    target, source = _moved_pair(target, source, values, layout)
+    return _einsum(_by_query(target, axes), _by_query(source, axes), "haix,gbjx->hgabij")
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "axes"))
+def _plane_pairs(target, source, values, *, layout: Layout, axes: tuple[int, int, int]):
+    target, source = (_by_query(leaf, axes) for leaf in _moved_pair(target, source, values, layout))
+    (x, y), (u, v) = (jnp.split(leaf, 2, axis=2) for leaf in (target, source))
+    # conj(x + i y) (u + i v)
+    re = _einsum(x, u, "hapx,gbpx->hgabp") + _einsum(y, v, "hapx,gbpx->hgabp")
+    im = _einsum(x, v, "hapx,gbpx->hgabp") - _einsum(y, u, "hapx,gbpx->hgabp")
+    return jax.lax.complex(re, im)
+
+
+@functools.partial(jax.jit, static_argnames=("parent_axis", "axis"))
+def _unit_squares_of_slots(leaf, *, parent_axis: int, axis: int):
+    wide = leaf.astype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
+    return jnp.sum(jnp.square(_by_parent(wide, parent_axis, axis)), axis=2)
 
 
 @functools.partial(jax.jit, static_argnames=("layout",))
