@@ -59,8 +59,8 @@ def read_tensors(path: str | Path) -> TorchFile:
     path = Path(path)
     with open_regular(path) as file:
         num_bytes = file.seek(0, 2)
-        if num_bytes < 4:
-            raise CheckpointError(f"{path}: expected a file of torch.save, found {num_bytes} bytes. {_NOT_TORCH}")
+        if not num_bytes:  # which cannot be mapped
+            raise CheckpointError(f"{path}: an empty file. {_NOT_TORCH}")
         data = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
     value, places = (_read_zip if data[:4] == b"PK\3\4" else _read_legacy)(str(path), data)
     refs, left_out = find_state_dict(str(path), value)
