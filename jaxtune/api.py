@@ -18,7 +18,6 @@ from jaxtune.align.evidence import MatchEvidence, judge_match
 from jaxtune.align.registry import METHODS as ALIGN_METHODS
 from jaxtune.align.registry import find_element
 from jaxtune.align.weights import match_weights
-from jaxtune.checkpoint import Checkpoint
 from jaxtune.data.source import open_source
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
@@ -26,7 +25,7 @@ from jaxtune.evaluate.equivalence import Equivalence
 from jaxtune.evaluate.exactness import verify_element
 from jaxtune.evaluate.example import apply_to_matrix, example_batch
 from jaxtune.interpolate.line import interpolate_linear
-from jaxtune.loading import load
+from jaxtune.loading import Model, load, open_models, share_vocabulary
 from jaxtune.models import registry
 from jaxtune.rng import named_key
 from jaxtune.symmetry import Spec
@@ -34,11 +33,7 @@ from jaxtune.transport.expectation import expect_recovery
 from jaxtune.transport.prepared import Prepared, Symmetry, apply_transport
 from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
 from jaxtune.transport.registry import prepare_transport
-from jaxtune.tree import check_finite, check_same, flatten
-from jaxtune.types import Params
-
-# A checkpoint, the path of one, or a bare tree.
-Model = Checkpoint | Params | str | Path
+from jaxtune.tree import check_finite, flatten
 
 EXAMPLES = 32  # inputs of the equivalence check
 
@@ -116,7 +111,7 @@ def align(
         InexactElementError: the family declares the element exact and outputs say otherwise.
         JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
     """
-    models, config = _open({"source": source, "target": target}, config)
+    models, config = open_models({"source": source, "target": target}, config)
     source, target = models["source"], models["target"]
     symmetry_of = _symmetry(config, spec)
     if method not in ALIGN_METHODS:
@@ -159,7 +154,8 @@ def transport(
     Args:
         source: Old base.
         finetuned: Its fine-tune.
-        target: New base, of the same architecture.
+        target: New base, of the same architecture; of checkpoints the vocabulary may differ, whose rows are then
+            matched by token (`transport.vocabulary`; `prepared.info["vocabulary"]` says how).
         config: Architecture of bare trees: a model config or its dict.
         spec: A ready symmetry instead of a config.
         method: A key of `jaxtune.transport.registry.METHODS`.
@@ -173,8 +169,10 @@ def transport(
         InexactElementError: the family declares the element exact and outputs say otherwise.
         JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
     """
-    models, config = _open({"source": source, "finetuned": finetuned, "target": target}, config)
-    source, finetuned, target = models.values()
+    opened = {"source": source, "finetuned": finetuned, "target": target}
+    opened = {name: load(model) if isinstance(model, str | Path) else model for name, model in opened.items()}
+    models, config = open_models(opened, config, roles_with_own_words=("source", "finetuned"))
+    source, finetuned, target, anchor, words = share_vocabulary(opened, models, config)
     if method not in TRANSPORT_METHODS:
         raise unknown_name("transport method", method, TRANSPORT_METHODS)
     needs_symmetry = config is not None or spec is not None
@@ -186,12 +184,13 @@ def transport(
     symmetry_of = _symmetry(config, spec) if needs_symmetry else lambda: _fixed_spec(target)
     key = jax.random.key(seed)
     prepared = prepare_transport(
-        named_key(key, "transport"), symmetry_of, source, finetuned, target, method=method, **options
+        named_key(key, "transport"), symmetry_of, source, finetuned, anchor, method=method, **options
     )
+    prepared.info.update(words)
     evidence = equivalence = None
     if verify and needs_symmetry:
         spec, element = prepared.spec, prepared.element
-        ours, theirs = prepared.fold(target), prepared.fold(source)
+        ours, theirs = prepared.fold(anchor), prepared.fold(source)
         if element is None:
             element = match_weights(named_key(key, "compare"), spec, ours, theirs).element
         elif prepared.realise is not None:
@@ -212,7 +211,7 @@ def interpolate(first: Model, second: Model, weight: float = 0.5) -> dict[str, A
         ConfigError: two checkpoints differ in their architecture.
         TreeMismatchError: the trees differ in a path or a shape.
     """
-    models, _ = _open({"first": first, "second": second}, None)
+    models, _ = open_models({"first": first, "second": second}, None)
     return interpolate_linear(models["first"], models["second"], weight)
 
 
@@ -229,66 +228,12 @@ def evaluate(model: Model, source: Any, *, config: Any = None, **options: Any) -
         ConfigError: the architecture is unknown.
         DataError: the source is missing, is empty or does not fit the model.
     """
-    models, config = _open({"model": model}, config)
+    models, config = open_models({"model": model}, config)
     if config is None:
         raise ConfigError("pass config= (a model config or its dict): a bare tree does not say what it computes.")
     if isinstance(source, str | Path):
         source = open_source(str(source), "test")
     return evaluate_classifier(config, models["model"], source, **options)
-
-
-def _open(models, config):
-    """({name: params}, config): checkpoints opened, architectures compared, weights checked."""
-    models = {name: load(model) if isinstance(model, str | Path) else model for name, model in models.items()}
-    trees = {name: model.params if isinstance(model, Checkpoint) else model for name, model in models.items()}
-    checkpoints = {name: model for name, model in models.items() if isinstance(model, Checkpoint)}
-    if isinstance(config, Mapping):
-        config = registry.config_from_dict(config)
-    if checkpoints:
-        own = check_same_architecture(checkpoints)
-        if config is not None and config != own:
-            raise ConfigError(f"config= says {config}, the checkpoints say {own}. Leave config= out.")
-        config = own
-    check_same(trees)
-    for name, tree in trees.items():
-        check_finite(name, tree)
-    return trees, config
-
-
-def check_same_architecture(models: Mapping[str, Checkpoint]) -> Any:
-    """The one model config of all checkpoints.
-
-    Args:
-        models: Name used in the message -> checkpoint.
-
-    Raises:
-        ConfigError: a config is of no known family, or two differ; lists every field with both values.
-    """
-    (first, config), *others = ((n, registry.config_from_dict(model.config)) for n, model in models.items())
-    for name, other in others:
-        ours, theirs = (_flat_config(registry.config_to_dict(c)) for c in (config, other))
-        lines = [
-            f"  {field}: {first} {ours.get(field)!r}, {name} {theirs.get(field)!r}"
-            for field in sorted(ours.keys() | theirs.keys())
-            if ours.get(field) != theirs.get(field)
-        ]
-        if lines:
-            raise ConfigError(
-                f"{first} ({models[first].path}) and {name} ({models[name].path}) are different architectures:\n"
-                + "\n".join(lines)
-                + "\nWeights can only be carried between models of one architecture."
-            )
-    return config
-
-
-def _flat_config(values, prefix=""):
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat_config(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _symmetry(config, spec) -> Symmetry:

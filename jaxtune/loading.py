@@ -1,17 +1,25 @@
-"""A checkpoint and the network in it: stored tensors become the tree of a family that we know."""
+"""Checkpoints and the networks in them: stored tensors become the tree of a family, several become comparable."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxtune import checkpoint
 from jaxtune.checkpoint import Checkpoint
+from jaxtune.checkpoint.vocabulary import read_tokens
 from jaxtune.errors import ConfigError, TreeMismatchError
 from jaxtune.lazy import defer
 from jaxtune.models import registry
 from jaxtune.models.keys import Codec
-from jaxtune.tree import flatten, map_leaves
+from jaxtune.transport.vocabulary import map_rows, take_rows
+from jaxtune.tree import check_finite, check_same, flatten, map_leaves, unflatten
+from jaxtune.types import Params
+
+# A checkpoint, the path of one, or a bare tree.
+Model = Checkpoint | Params | str | Path
 
 # Above this much stored, leaves are lazy: read from the file when they are used, and not kept.
 LAZY_BYTES = 1 << 30
@@ -37,18 +45,155 @@ def load(path: str | Path, *, config: Mapping[str, Any] | None = None, lazy: boo
         TreeMismatchError: a known family, and tensors that are not its.
     """
     stored = checkpoint.load(path, config=config)
-    if lazy is None:
-        lazy = stored.layout.num_bytes > LAZY_BYTES
+    return understand(stored, lazy=stored.layout.num_bytes > LAZY_BYTES if lazy is None else lazy)
+
+
+def understand(stored: Checkpoint, *, lazy: bool = False) -> Checkpoint:
+    """A checkpoint as `checkpoint.load` gives it, its tensors as the tree of the family that its config names.
+
+    Raises:
+        ConfigError, TreeMismatchError: as `load`.
+    """
+    tensors = flatten(stored.params)
     if not registry.is_stored_family(stored.config):
         if not lazy or stored.format == "orbax":  # whose arrays are read already
             return stored
         return dataclasses.replace(stored, params=map_leaves(lambda _, leaf: defer(leaf), stored.params))
-    tensors = flatten(stored.params)
     try:
-        _, table = registry.read_stored(stored.config, tensors)
+        network, table = registry.read_stored(stored.config, tensors)
         params = table.decode(tensors, lazy=lazy)
     except (ConfigError, TreeMismatchError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{stored.path}: {error}") from error
     carried = {name: tensor for name, tensor in tensors.items() if table.is_ignored(name)}
     layout = dataclasses.replace(stored.layout, codec=Codec(table, carried, flatten(params)))
-    return dataclasses.replace(stored, params=params, layout=layout)
+    return dataclasses.replace(stored, params=params, layout=layout, network=network)
+
+
+def network_of(model: Checkpoint) -> Any:
+    """The native config of a checkpoint's network.
+
+    Raises:
+        ConfigError: its config names no known family, or makes no sense.
+    """
+    return registry.config_from_dict(model.config) if model.network is None else model.network
+
+
+def open_models(
+    models: Mapping[str, Model], config: Any, *, roles_with_own_words: Collection[str] = ()
+) -> tuple[dict[str, Params], Any]:
+    """Trees of models that belong together, and their one config.
+
+    Args:
+        models: Name used in messages -> model. The last one's config is given back.
+        config: Architecture of bare trees, a model config or its dict; None for checkpoints.
+        roles_with_own_words: Checkpoints whose vocabulary may differ from that of the last.
+
+    Raises:
+        ConfigError: the architecture is unknown, or two differ in it.
+        TreeMismatchError: the trees differ in a path or a shape.
+        NonFiniteError: a leaf holds NaN or Inf.
+    """
+    models = {name: load(model) if isinstance(model, str | Path) else model for name, model in models.items()}
+    trees = {name: model.params if isinstance(model, Checkpoint) else model for name, model in models.items()}
+    checkpoints = {name: model for name, model in models.items() if isinstance(model, Checkpoint)}
+    if isinstance(config, Mapping):
+        config = registry.config_from_dict(config)
+    own_words = [name for name in roles_with_own_words if name in checkpoints]
+    if checkpoints:
+        own = check_same_architecture(checkpoints, roles_with_own_words=own_words)
+        if config is not None and config != own:
+            raise ConfigError(f"config= says {config}, the checkpoints say {own}. Leave config= out.")
+        config = own
+    axes = registry.vocabulary_axes(config) if own_words else {}
+    check_same({name: _without(tree, axes) for name, tree in trees.items()} if axes else trees)
+    for name, tree in trees.items():
+        check_finite(name, tree)
+    return trees, config
+
+
+def check_same_architecture(models: Mapping[str, Checkpoint], *, roles_with_own_words: Collection[str] = ()) -> Any:
+    """The one model config of all checkpoints: that of the last.
+
+    Args:
+        models: Name used in the message -> checkpoint.
+        roles_with_own_words: Those whose size of vocabulary may be another.
+
+    Raises:
+        ConfigError: a config is of no known family, or two differ; lists every field with both values.
+    """
+    *others, (last, config) = ((name, network_of(model)) for name, model in models.items())
+    for name, other in others:
+        both = (other, config)
+        if name in roles_with_own_words:
+            both = tuple(map(registry.without_vocabulary, both))
+        theirs, ours = (_flat_config(registry.config_to_dict(one)) for one in both)
+        lines = [
+            f"  {field}: {name} {theirs.get(field)!r}, {last} {ours.get(field)!r}"
+            for field in sorted(ours.keys() | theirs.keys())
+            if ours.get(field) != theirs.get(field)
+        ]
+        if lines:
+            raise ConfigError(
+                f"{name} ({models[name].path}) and {last} ({models[last].path}) are different architectures:\n"
+                + "\n".join(lines)
+                + "\nWeights can only be carried between models of one architecture."
+            )
+    return config
+
+
+def share_vocabulary(
+    models: Mapping[str, Model], trees: Mapping[str, Params], config: Any
+) -> tuple[Params, Params, Params, Params, dict[str, Any]]:
+    """Old base, fine-tune and new base over the new base's vocabulary.
+
+    Args:
+        models: "source", "finetuned" and "target", checkpoints or bare trees.
+        trees: Their parameters.
+        config: Of the target.
+
+    Returns:
+        Source and fine-tune with the target's rows, zero where a token is not known to both; the target as it is; the
+        target to match against, whose rows are zero where the source's are; and what to report.
+    """
+    source, finetuned, target = (trees[role] for role in ("source", "finetuned", "target"))
+    if not all(isinstance(model, Checkpoint) for model in models.values()):
+        return source, finetuned, target, target, {}
+    axes = registry.vocabulary_axes(config)
+    if not axes:
+        return source, finetuned, target, target, {}
+    tokens = {role: read_tokens(model.side_files) for role, model in models.items()}
+    sizes = {role: registry.vocabulary_size(network_of(model)) for role, model in models.items()}
+    maps = {
+        role: map_rows(tokens[role], sizes[role], tokens["target"], sizes["target"]) for role in ("source", "finetuned")
+    }
+    if all(one.is_identity for one in maps.values()):
+        return source, finetuned, target, target, {}
+    # A row that only one of the two has says nothing about what fine-tuning did.
+    shared = (maps["source"].rows >= 0) & (maps["finetuned"].rows >= 0)
+    source, finetuned = (
+        take_rows(trees[role], axes, np.where(shared, maps[role].rows, -1)) for role in ("source", "finetuned")
+    )
+    anchor = take_rows(target, axes, np.where(shared, np.arange(len(shared)), -1))
+    words = {
+        "vocabulary": {
+            "matched": {role: one.statement for role, one in maps.items()},
+            "num_shared_rows": int(shared.sum()),
+            "num_rows_left_as_they_are": int((~shared).sum()),
+            "num_rows_lost": {role: one.num_lost for role, one in maps.items()},
+        }
+    }
+    return source, finetuned, target, anchor, words
+
+
+def _without(tree, axes):
+    return unflatten({path: leaf for path, leaf in flatten(tree).items() if path not in axes})
+
+
+def _flat_config(values, prefix=""):
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat_config(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -13,8 +13,8 @@ import pytest
 
 import jaxtune as jt
 from jaxtune import symmetry, tree
-from jaxtune.api import check_same_architecture
 from jaxtune.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError, UnknownNameError
+from jaxtune.loading import check_same_architecture
 from jaxtune.models import mlp, registry, vit
 from jaxtune.transport.prepared import apply_transport
 

@@ -32,7 +32,7 @@ MAY_IMPORT = {
 ALL_ABOVE = tuple(MAY_IMPORT)
 for room in ("stream", "train", "evaluate"):
     MAY_IMPORT[room] = ALL_ABOVE
-MAY_IMPORT["loading"] = (*GROUND, "symmetry", "models", "checkpoint")  # where the two meet
+MAY_IMPORT["loading"] = (*GROUND, "symmetry", "models", "checkpoint", "transport")  # where the two meet
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate")
 for room in ("api", "commands", "demo", "cli", "__init__", "__main__"):
     above = ("stream", "train", "evaluate", "loading", "report", "api", "commands", "demo", "cli")

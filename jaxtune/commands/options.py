@@ -10,8 +10,7 @@ from typing import Any
 from jaxtune import checkpoint
 from jaxtune.checkpoint.files import parse_object, read_small
 from jaxtune.errors import ConfigError, OutputError, unknown_name
-from jaxtune.loading import load
-from jaxtune.models import registry
+from jaxtune.loading import load, network_of
 
 
 def read_config(path: str | None) -> dict[str, Any] | None:
@@ -34,7 +33,7 @@ def load_models(paths: Mapping[str, str], config: dict[str, Any] | None) -> dict
     for role, path in paths.items():
         models[role] = load(path, config=config)
         try:
-            registry.config_from_dict(models[role].config)
+            network_of(models[role])
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     return models

@@ -8,10 +8,10 @@ import numpy as np
 
 import jaxtune
 from jaxtune import checkpoint
-from jaxtune.api import check_same_architecture
 from jaxtune.commands.measure import measure_on, open_data
 from jaxtune.commands.options import describe_inputs, load_models, parse_options, read_config, refuse_output
 from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.loading import check_same_architecture
 from jaxtune.models import registry
 from jaxtune.report.evidence import ADVICE, evidence_rows, evidence_section
 from jaxtune.report.page import Section, render_page
@@ -19,7 +19,7 @@ from jaxtune.report.run import Run, describe_host, to_json
 from jaxtune.report.table import count_bytes, percent, render_table
 from jaxtune.symmetry.canonical import canonical_spec
 from jaxtune.transport.registry import METHODS
-from jaxtune.tree import check_same, count_parameters, flatten, is_float
+from jaxtune.tree import count_parameters, flatten, is_float
 
 ROLES = ("source", "finetuned", "target")
 RUNTIME_BYTES = 400 * 2**20  # Python, JAX and its compiler before any weight is loaded
@@ -46,8 +46,7 @@ def run(arguments) -> None:
     work = Run("transport")
     with work.stage("load"):
         models = load_models(paths, read_config(arguments.config))
-        config = check_same_architecture(models)
-        check_same({role: model.params for role, model in models.items()})
+        config = check_same_architecture(models, roles_with_own_words=("source", "finetuned"))
     if arguments.plan:
         _check_symmetry(config, arguments.method)
         print(_plan(models, arguments.method))

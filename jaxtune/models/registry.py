@@ -1,5 +1,6 @@
 """Every family of models by name; one call for all of them, dispatched on the config."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,8 +8,9 @@ from typing import Any
 
 import jax
 
+from jaxtune import tree
 from jaxtune.errors import ConfigError
-from jaxtune.models import clip, clip_text, decoder, hub, mlp, resnet, vit
+from jaxtune.models import clip, clip_text, decoder, encoder, hub, mlp, resnet, vit
 from jaxtune.models.config import from_fields, to_fields
 from jaxtune.models.keys import KeyTable
 from jaxtune.symmetry import Spec
@@ -78,6 +80,9 @@ FAMILIES: dict[str, Family] = {
         as_matrix=vit.as_matrix,
     ),
     "jaxtune_decoder": Family(decoder.Config, decoder.init, decoder.apply, decoder.symmetry, decoder.example),
+    "jaxtune_encoder": Family(
+        encoder.Config, encoder.init, encoder.apply, encoder.symmetry, encoder.example, as_matrix=encoder.as_matrix
+    ),
 }
 
 
@@ -118,8 +123,10 @@ def read_stored(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
     Raises:
         ConfigError: as `config_from_dict`.
     """
-    config = config_from_dict(values)
-    return config, hub.stored_key_table(config, values, tensors) if hub.is_stored_family(values) else None
+    if not hub.is_stored_family(values):
+        return config_from_dict(values), None
+    config = hub.read_stored_config(hub.with_facts(values, tensors))
+    return config, hub.stored_key_table(config, values, tensors)
 
 
 def init(key: jax.Array, config: Any) -> dict[str, Any]:
@@ -186,6 +193,44 @@ def symmetry_of(config: Any, **options: Any) -> Spec:
                 f"{', '.join(known)}. Use a method that does not ask for it, for instance permutation."
             )
     return family.symmetry(config, **options)
+
+
+def vocabulary_axes(config: Any) -> dict[str, int]:
+    """Path -> axis of every leaf with one row per token: what grows when the vocabulary does. Empty without one.
+
+    Of two towers, that of the text.
+    """
+    grown = _with_vocabulary(config, 1)
+    if grown is None:
+        return {}
+    shapes = [
+        tree.flatten(jax.eval_shape(lambda key, c=c: init(key, c), jax.random.key(0))) for c in (config, grown)
+    ]
+    return {
+        path: axis
+        for path, leaf in shapes[0].items()
+        for axis, size in enumerate(leaf.shape)
+        if shapes[1][path].shape[axis] != size
+    }
+
+
+def without_vocabulary(config: Any) -> Any:
+    """The config with a vocabulary of 1: equal for two networks that differ in nothing else."""
+    size = vocabulary_size(config)
+    return config if size is None else _with_vocabulary(config, 1 - size)
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """Rows of the token embedding; None for a network without one."""
+    text = getattr(config, "text", config)
+    return getattr(text, "vocab_size", None)
+
+
+def _with_vocabulary(config, change):
+    if hasattr(config, "vocab_size"):
+        return dataclasses.replace(config, vocab_size=config.vocab_size + change)
+    text = getattr(config, "text", None)
+    return dataclasses.replace(config, text=_with_vocabulary(text, change)) if hasattr(text, "vocab_size") else None
 
 
 def is_trainable(config: Any, path: str) -> bool:
