@@ -13,6 +13,12 @@ from jaxtune.models.keys import KeyTable
 
 # model_type in config.json -> module. A module loads when a checkpoint of its family is read.
 MODULES: dict[str, str] = {
+    "clip": "clip",
+    "clip_text_model": "clip",
+    "clip_vision_model": "clip",
+    "deit": "deit",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
@@ -26,6 +32,10 @@ MODULES: dict[str, str] = {
     "qwen2_moe": "qwen2_moe",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "siglip": "siglip",
+    "siglip_text_model": "siglip",
+    "siglip_vision_model": "siglip",
+    "vit": "vit",
 }
 
 
