@@ -68,4 +68,4 @@ def draw_text(key: jax.Array, size: int, length: int, vocab_size: int) -> dict[s
     text = jax.random.randint(named_key(key, "text"), (size, length), 0, vocab_size, jnp.int32)
     lengths = jax.random.randint(named_key(key, "length"), (size,), (length + 1) // 2, length + 1, jnp.int32)
     lengths = jnp.where(jnp.arange(size) == 0, length, lengths)
-    return {"text": text, "mask": jnp.arange(length)[None] < lengths[:, None]}
+    return {"text": text, "mask": jnp.arange(length, dtype=jnp.int32)[None] < lengths[:, None]}

@@ -188,9 +188,10 @@ def make_spec(
 
     Raises:
         SpecError: an owner that is no group, a group that owns nothing, a unit inside a head on a leaf
-            without the head's axis, a group twice on one leaf, a "~" on a group whose units mix, a path in
-            `unmatched` that has no axes.
+            without the head's axis, a group twice on one leaf that is matched (what it says of the match is no sum
+            over units), a "~" on a group whose units mix, a path in `unmatched` that has no axes.
     """
+    unmatched = frozenset(unmatched)
     table: dict[str, Group] = {}
     for group in groups:
         if group.name in table:
@@ -201,7 +202,7 @@ def make_spec(
     for path, owners in axes.items():
         row = tuple(None if owner is None else _read_mark(owner) for owner in owners)
         names = [axis.group for axis in row if axis]
-        if len(set(names)) != len(names):
+        if len(set(names)) != len(names) and path not in unmatched:
             raise SpecError(f"{path}: a group owns two axes of one leaf: {owners}.")
         for position, axis in enumerate(row):
             if axis is None:
@@ -230,7 +231,7 @@ def make_spec(
     return Spec(
         groups=table,
         axes=parsed,
-        unmatched=frozenset(unmatched),
+        unmatched=unmatched,
         nonnegative=frozenset(nonnegative),
         junctions=tuple(junctions),
         form=form,

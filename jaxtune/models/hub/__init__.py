@@ -1,7 +1,8 @@
 """The families of other libraries: from their config.json and their tensors to ours.
 
 A family is one module here with two functions: `read_config(values)` gives one of our configs, or refuses by name
-what it cannot do exactly; `key_table(config, values, names)` gives the table between its tensors and our tree.
+what it cannot do exactly; `key_table(config, values, names)` gives the table between its tensors and our tree. Where
+config.json does not say all, a third, `facts(values, names)`, says what the tensors tell (see `facts`).
 """
 
 import importlib
@@ -9,16 +10,20 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxtune.errors import ConfigError
+from jaxtune.models.hub.facts import FACTS
 from jaxtune.models.keys import KeyTable
 
 # model_type in config.json -> module. A module loads when a checkpoint of its family is read.
 MODULES: dict[str, str] = {
+    "bert": "bert",
+    "camembert": "roberta",
     "clip": "clip",
     "clip_text_model": "clip",
     "clip_vision_model": "clip",
     "deit": "deit",
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
+    "distilbert": "distilbert",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
@@ -32,10 +37,12 @@ MODULES: dict[str, str] = {
     "qwen2_moe": "qwen2_moe",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "roberta": "roberta",
     "siglip": "siglip",
     "siglip_text_model": "siglip",
     "siglip_vision_model": "siglip",
     "vit": "vit",
+    "xlm-roberta": "roberta",
 }
 
 
@@ -51,6 +58,12 @@ def read_stored_config(values: Mapping[str, Any]) -> Any:
         ConfigError: an unknown family, or a field that changes the function and is not supported; names it.
     """
     return _module_of(values).read_config(values)
+
+
+def with_facts(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The values of config.json, and what only the tensors `names` tell where the family asks them."""
+    tell = getattr(_module_of(values), "facts", None)
+    return dict(values) if tell is None else {**values, FACTS: tell(values, names)}
 
 
 def stored_key_table(config: Any, values: Mapping[str, Any], names: Collection[str]) -> KeyTable:
