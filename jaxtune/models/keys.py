@@ -93,6 +93,21 @@ class Row:
 
         return {path: defer_made(*look, make(path), list(own.values())) for path, look in looks.items()}
 
+    def trace(self, path: str, ndim: int) -> tuple[int | None, ...]:
+        """Which axis of a stored tensor every axis of the leaf at `path` comes from; None for one that was added.
+
+        Of stacked tensors, the axes behind the one that counts them. Axes of length 1 are traced too.
+
+        Args:
+            path: One of `leaves`.
+            ndim: Number of axes of the stored tensor.
+
+        Raises:
+            ValueError: the tensor has other axes than the pattern, or an axis of ours joins two of its.
+        """
+        axes = _follow(self.before, tuple(range(ndim)))
+        return _follow(self.patterns[self.leaves.index(path)], axes)
+
     def encode(self, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
         """The stored tensors from our leaves."""
         if len(self.leaves) > 1:
@@ -261,6 +276,18 @@ def rearrange(tensor: np.ndarray, pattern: str, dims: Mapping[str, int] | None =
 def reverse(pattern: str) -> str:
     """The pattern of the way back."""
     return " -> ".join(reversed([side.strip() for side in pattern.split("->")])) if pattern else ""
+
+
+def _follow(pattern, origins):
+    """Where the axes on the right of a pattern come from, given where those on the left do."""
+    if not pattern:
+        return origins
+    left, right = _parse(pattern)
+    origin_of = {name: origin for group, origin in zip(left, origins, strict=True) for name in group}
+    found = [{origin_of[name] for name in group} for group in right]
+    if any(len(origin) > 1 for origin in found):
+        raise ValueError(f"{pattern!r} joins two axes into one")
+    return tuple(next(iter(origin), None) for origin in found)
 
 
 def _parse(pattern):

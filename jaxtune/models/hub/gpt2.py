@@ -61,7 +61,7 @@ def key_table(config: decoder.Config, values: Mapping[str, Any], names: Collecti
         rows += _attention_rows(config, f"{stored}.attn", f"{path}/attn")
         rows += linear_rows(f"{stored}.mlp.c_fc", f"{path}/mlp/up", "")
         rows += linear_rows(f"{stored}.mlp.c_proj", f"{path}/mlp/down", "")
-    more, ties = head_rows(config, names, f"{prefix}wte.weight")
+    more, ties = head_rows(config, f"{prefix}wte.weight")
     return KeyTable((*rows, *more), ties, IGNORED)
 
 

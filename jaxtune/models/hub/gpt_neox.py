@@ -63,7 +63,7 @@ def key_table(config: decoder.Config, values: Mapping[str, Any], names: Collecti
         rows += linear_rows(f"{stored}.mlp.dense_h_to_4h", f"{path}/mlp/up")
         rows += linear_rows(f"{stored}.mlp.dense_4h_to_h", f"{path}/mlp/down")
     head = "lm_head.weight" if "lm_head.weight" in names else "embed_out.weight"
-    more, ties = head_rows(config, names, f"{prefix}embed_in.weight", head=head)
+    more, ties = head_rows(config, f"{prefix}embed_in.weight", head=head)
     return KeyTable((*rows, *more), ties, IGNORED)
 
 

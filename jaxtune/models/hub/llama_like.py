@@ -129,23 +129,21 @@ def key_table(
         for ours, theirs in NORMS[config.placement].items():
             rows.append(Row(f"{stored}.{theirs}.weight", f"block_{index}/{ours}/scale"))
         rows += [*attention(config, index, stored), *mlp(config, index, stored)]
-    head, ties = head_rows(config, names, f"{prefix}embed_tokens.weight")
+    head, ties = head_rows(config, f"{prefix}embed_tokens.weight")
     return KeyTable((*rows, *head), ties, IGNORED)
 
 
-def head_rows(
-    config: decoder.Config, names: Collection[str], table: str, *, head: str = "lm_head.weight"
-) -> tuple[list[Row], dict[str, str]]:
+def head_rows(config: decoder.Config, table: str, *, head: str = "lm_head.weight") -> tuple[list[Row], dict[str, str]]:
     """(rows, ties) of the head.
 
     Args:
         config: Says which head there is.
-        names: Of the stored tensors: a tied head may be stored as well.
         table: Stored name of the token table.
-        head: Stored name of the head over tokens.
+        head: Stored name of the head over tokens. A tied one may be stored as well; whether or not it is, the tie is
+            named, since an adapter can take the two apart.
     """
     if config.head == "last":
         return [Row("score.weight", "head/kernel", LINEAR)], {}
     if config.head == "tokens" and not config.tied:
         return [Row(head, "head/kernel", LINEAR)], {}
-    return [], {head: table} if config.tied and head in names else {}
+    return [], {head: table} if config.tied else {}

@@ -74,7 +74,7 @@ def key_table(config: decoder.Config, values: Mapping[str, Any], names: Collecti
         for part, kernel, bias in _linears(config, stored, path):
             rows.append(kernel)
             rows += [bias] if getattr(config, f"{part}_bias") else []
-    more, ties = head_rows(config, names, f"{prefix}embed_tokens.weight")
+    more, ties = head_rows(config, f"{prefix}embed_tokens.weight")
     return KeyTable((*rows, *more), ties)
 
 
