@@ -21,12 +21,14 @@ from jaxtune.tree import unflatten
 from jaxtune.types import Params
 
 CONFIG_NAME = "config.json"
+OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"  # of weights whose file is named open_clip_*
 CONFIG_KEY = "jaxtune_config"  # of the metadata of a .safetensors that travels alone
 ORBAX_NAME = "params"
 MAX_DEPTH = 64  # of a tensor's path; recursion over a tree stays far from Python's limit
 
 EXPECTED = (
     f"Expected one of: a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or shards and {INDEX_NAME}; "
+    f"with {OPEN_CLIP_CONFIG_NAME} and open_clip_*.safetensors; "
     "a single .safetensors; an .npz; an orbax folder, "
     f"or a folder with {CONFIG_NAME} and an orbax folder {ORBAX_NAME!r}; a file of torch.save "
     f"({', '.join(torch_convert.TORCH_SUFFIXES)}), or a folder with it and {CONFIG_NAME}."
@@ -53,6 +55,7 @@ class Layout:
     Attributes:
         files: In the order in which they are written.
         config: The bytes of config.json; `None` where the config is inside a file of tensors.
+        config_name: What that file is called.
         index: The bytes of the index of shards; `None` where there is none.
         codec: Between the stored tensors and a tree with other names and axes (`models.keys.Codec`): `encoder(params)`
             gives stored name -> tensor, `leaves` the tree's own dtypes and shapes. `None` where names are paths.
@@ -62,6 +65,7 @@ class Layout:
     config: bytes | None = None
     index: bytes | None = None
     codec: Any = None
+    config_name: str = CONFIG_NAME
 
     @property
     def tensors(self) -> dict[str, Any]:
@@ -141,11 +145,10 @@ def load(path: str | Path, *, config: Mapping[str, Any] | None = None) -> Checkp
         raise CheckpointError(f"{path}: a file that ends in neither .safetensors nor .npz. {EXPECTED}")
     kind = suffix.removeprefix(".")
     stored, tensors, configs = (_read_safetensors if kind == "safetensors" else _read_npz)(path)
-    beside = None
-    if not configs and os.path.lexists(path.parent / CONFIG_NAME):
-        beside = files.read_small(files.locate(path.parent, CONFIG_NAME))
-        configs[str(path.parent / CONFIG_NAME)] = beside
-    return _assemble(path, kind, [stored], tensors, configs, config, beside=beside)
+    beside, name = None, CONFIG_NAME
+    if not configs:
+        name, beside, configs = _read_config(path.parent, [path.name])
+    return _assemble(path, kind, [stored], tensors, configs, config, beside=beside, config_name=name)
 
 
 def _load_folder(folder, config):
@@ -158,14 +161,11 @@ def _load_folder(folder, config):
         return _assemble(folder, "orbax", [stored], tensors, configs, config, beside=beside)
 
     names = _list_names(folder)
-    beside = index = None
-    configs = {}
-    if CONFIG_NAME in names:
-        beside = files.read_small(files.locate(folder, CONFIG_NAME))
-        configs[str(folder / CONFIG_NAME)] = beside
+    index = None
+    config_name, beside, configs = _read_config(folder, names)
     weights = [name for name in names if name.endswith(".safetensors")]
     archives = [name for name in names if name.endswith(".npz")]
-    kind, own = "folder", [CONFIG_NAME]
+    kind, own = "folder", [config_name]
     if INDEX_NAME in names:
         index = files.read_small(files.locate(folder, INDEX_NAME))
         headers, tensors = read_shards(folder, index)
@@ -194,18 +194,29 @@ def _load_folder(folder, config):
     side_files, left_out = files.list_side_files(folder, own)
     return _assemble(
         folder, kind, stored, tensors, configs, config,
-        beside=beside, index=index, side_files=side_files, left_out=left_out,
+        beside=beside, index=index, side_files=side_files, left_out=left_out, config_name=config_name,
     )  # fmt: skip
+
+
+def _read_config(folder, names):
+    """(name, bytes, {where: bytes}) of the config in a folder that belongs to the weights among `names`.
+
+    A folder may hold one model in the names of two libraries. Those of transformers go first, with config.json;
+    OpenCLIP's, with its own config, are read where there are no others.
+    """
+    weights = [name for name in names if name.endswith((".safetensors", *torch_convert.TORCH_SUFFIXES))]
+    is_open_clip = bool(weights) and all(name.startswith("open_clip_") for name in weights)
+    name = OPEN_CLIP_CONFIG_NAME if is_open_clip and os.path.lexists(folder / OPEN_CLIP_CONFIG_NAME) else CONFIG_NAME
+    if not os.path.lexists(folder / name):
+        return name, None, {}
+    beside = files.read_small(files.locate(folder, name))
+    return name, beside, {str(folder / name): beside}
 
 
 def _load_torch(path, weights, config):
     """What torch.save wrote: `weights` is the file, or the index of shards, and `path` that file or its folder."""
     folder = weights.parent
-    beside = None
-    configs = {}
-    if os.path.lexists(folder / CONFIG_NAME):
-        beside = files.read_small(files.locate(folder, CONFIG_NAME))
-        configs[str(folder / CONFIG_NAME)] = beside
+    config_name, beside, configs = _read_config(folder, _list_names(folder) if path == folder else [weights.name])
 
     def drops_ties():
         return torch_convert.are_ties_restored(settle_config(path, configs, config))
@@ -216,12 +227,12 @@ def _load_torch(path, weights, config):
         converted = torch_convert.convert_file(weights, drops_ties=drops_ties)
     side_files, left_out = {}, {}
     if path == folder:
-        side_files, left_out = files.list_side_files(folder, [CONFIG_NAME, *converted.read_from])
+        side_files, left_out = files.list_side_files(folder, [config_name, *converted.read_from])
     stored = [StoredFile(name, header) for name, header in converted.headers.items()]
     return _assemble(
         path, "torch", stored, converted.tensors, configs, config,
         beside=beside, index=converted.index, side_files=side_files, left_out=left_out | converted.left_out,
-        ties=converted.ties, read_from=converted.read_from,
+        ties=converted.ties, read_from=converted.read_from, config_name=config_name,
     )  # fmt: skip
 
 
@@ -248,7 +259,7 @@ def _read_orbax(folder):
 
 def _assemble(
     path, kind, stored, tensors, configs, given,
-    *, beside=None, index=None, side_files=None, left_out=None, ties=None, read_from=None,
+    *, beside=None, index=None, side_files=None, left_out=None, ties=None, read_from=None, config_name=CONFIG_NAME,
 ):  # fmt: skip
     """The checkpoint, once everything is read."""
     if not tensors:
@@ -258,7 +269,7 @@ def _assemble(
         config=settle_config(path, configs, given),
         format=kind,
         path=path,
-        layout=Layout(tuple(stored), beside, index),
+        layout=Layout(tuple(stored), beside, index, config_name=config_name),
         side_files=side_files or {},
         left_out=left_out or {},
         ties=ties or {},

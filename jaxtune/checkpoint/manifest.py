@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.checkpoint.files import open_regular, parse_object, read_small
-from jaxtune.checkpoint.formats import CONFIG_NAME, Checkpoint
+from jaxtune.checkpoint.formats import Checkpoint
 from jaxtune.checkpoint.shards import INDEX_NAME
 from jaxtune.errors import CheckpointError
 from jaxtune.version import __version__
@@ -81,7 +81,7 @@ def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         else:
             places[file.name] = path / file.name if path.is_dir() else path
     hashes = {name: _hash_file(place) for name, place in places.items()}
-    for name, data in ((CONFIG_NAME, layout.config), (INDEX_NAME, layout.index)):
+    for name, data in ((layout.config_name, layout.config), (INDEX_NAME, layout.index)):
         if data is not None and not (checkpoint.read_from and name == INDEX_NAME):
             hashes[name] = hashlib.sha256(data).hexdigest()
     return dict(sorted(hashes.items()))

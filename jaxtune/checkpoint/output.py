@@ -12,7 +12,6 @@ import numpy as np
 from jaxtune.checkpoint import files, npz, orbax, safetensors
 from jaxtune.checkpoint.formats import (
     CONFIG_KEY,
-    CONFIG_NAME,
     INDEX_NAME,
     ORBAX_NAME,
     WEIGHTS_NAME,
@@ -21,11 +20,13 @@ from jaxtune.checkpoint.formats import (
     StoredFile,
 )
 from jaxtune.checkpoint.publish import publish
+from jaxtune.checkpoint.resume import finish_file
 from jaxtune.checkpoint.rounding import check_castable, round_to_stored
 from jaxtune.errors import CheckpointError, OutputError, TreeMismatchError, unknown_name
 from jaxtune.tree import MAX_LINES, describe_leaf, flatten
 from jaxtune.types import Params
 
+SHARDS_NAME = "shards"  # in a folder of work
 FORMATS = ("folder", "safetensors", "npz", "orbax")
 
 
@@ -39,6 +40,7 @@ def save(
     extra_files: Mapping[str, bytes | str] | None = None,
     overwrite: bool = False,
     inputs: Iterable[str | Path] = (),
+    work: Path | None = None,
 ) -> Path:
     """Publishes parameters as a folder at `path`, whole or not at all.
 
@@ -53,6 +55,7 @@ def save(
         extra_files: Name -> content, written beside the rest (report.json).
         overwrite: Whether a former output at `path` may be replaced.
         inputs: Checkpoints that `path` may not touch, besides `like`.
+        work: Folder on the same file system, of `resume.keep_work`, in which each file is finished first.
 
     Returns:
         The absolute path of the folder.
@@ -76,7 +79,7 @@ def save(
     num_bytes = layout.num_bytes + sum(map(len, extra.values()))
     num_bytes += sum(place.stat().st_size for place in side_files.values() if place.exists())
     with publish(path, overwrite=overwrite, inputs=inputs, num_bytes=num_bytes) as folder:
-        write_checkpoint(folder, params, layout, side_files=side_files)
+        write_checkpoint(folder, params, layout, side_files=side_files, work=work)
         write_extra_files(folder, extra)
     return Path(os.path.abspath(path))
 
@@ -130,9 +133,16 @@ def check_fits(params: Params, layout: Layout) -> None:
 
 
 def write_checkpoint(
-    folder: Path, params: Params, layout: Layout, *, side_files: Mapping[str, Path] | None = None
+    folder: Path,
+    params: Params,
+    layout: Layout,
+    *,
+    side_files: Mapping[str, Path] | None = None,
+    work: Path | None = None,
 ) -> None:
     """Writes all files of a checkpoint into a folder that `publish` yielded; leaf by leaf, one in memory at a time.
+
+    With `work`, files of tensors are finished there first, and those that a former run finished are taken as they are.
 
     Raises:
         CheckpointError: a value does not fit the stored dtype, or a side file can no longer be read.
@@ -145,8 +155,12 @@ def write_checkpoint(
         return round_to_stored(name, np.asarray(tensor_of(name)), stored[name].dtype)
 
     for file in layout.files:
-        file.header.write(folder / file.name, leaf_of)
-    for name, data in ((CONFIG_NAME, layout.config), (INDEX_NAME, layout.index)):
+        if work is None or not isinstance(file.header, safetensors.Header):
+            file.header.write(folder / file.name, leaf_of)
+            continue
+        finish_file(work / SHARDS_NAME / file.name, lambda place, file=file: file.header.write(place, leaf_of))
+        os.link(work / SHARDS_NAME / file.name, folder / file.name)
+    for name, data in ((layout.config_name, layout.config), (INDEX_NAME, layout.index)):
         if data is not None:
             (folder / name).write_bytes(data)
     for name, place in (side_files or {}).items():
