@@ -13,7 +13,8 @@ import numpy as np
 from jaxtune.align.assignment import score_of, solve_assignment, solve_assignments
 from jaxtune.align.bases import centred_polar_factor, polar_factor
 from jaxtune.align.circuits import circuit_scores, query_of
-from jaxtune.align.factors import Pairing, solve_order, solve_scales, solve_signs
+from jaxtune.align.experts import solve_experts
+from jaxtune.align.factors import Pairing, best_signs, score_of_signs, solve_order, solve_scales
 from jaxtune.align.grouped import solve_grouped_heads
 from jaxtune.align.heads import exact_scores, head_leaves, inside_scores
 from jaxtune.align.lengths import unit_squares
@@ -44,6 +45,8 @@ def solve_block(
     children = spec.children_of(name)
     if not children:
         return _solve_units(problem, name, element, weights)
+    if spec.groups[name].role == "expert":
+        return solve_experts(problem, name, element, weights, is_start=is_start)
     if query_of(spec, name) is None and {spec.groups[child].kind for child in children} == {"permutation"}:
         return _solve_ordered_heads(problem, name, element, weights, is_start=is_start)
     return solve_grouped_heads(problem, name, element, weights, is_start=is_start)
@@ -52,8 +55,10 @@ def solve_block(
 def _solve_units(problem, name, element, weights):
     spec = problem.spec
     group = spec.groups[name]
-    if group.kind in ("signed_permutation", "scaled_permutation"):
-        return _solve_factors(problem, name, element, weights)
+    if group.kind == "signed_permutation":
+        return _solve_signs(problem, name, element, weights)
+    if group.kind == "scaled_permutation":
+        return _solve_scales(problem, name, element, weights)
     scores = _unit_sum(problem, name, element, weights)
     if group.kind == "permutation":
         order = problem.best_order(name, scores)
@@ -65,10 +70,20 @@ def _solve_units(problem, name, element, weights):
     raise SpecError(f"group {name}: no matching for kind {group.kind!r}.")
 
 
-def _solve_factors(problem, name, element, weights):
-    """Orders with a sign or a scale each; what stands already stays where nothing found is better."""
-    spec = problem.spec
-    size, kind = spec.groups[name].size, spec.groups[name].kind
+def _solve_signs(problem, name, element, weights):
+    """Orders with a sign each; what stands already stays where nothing found is better."""
+    axes = {path: problem.spec.axes[path][position] for path, position in problem.spec.leaves_of(name)}
+    touched = {path: weight for path, weight in weights.items() if path in axes and not axes[path].order_only}
+    others = {path: weight for path, weight in weights.items() if path in axes and axes[path].order_only}
+    signed, fixed = (_unit_sum(problem, name, element, leaves) for leaves in (touched, others))
+    current, found = np.asarray(element[name]), best_signs(signed, fixed)
+    gain = score_of_signs(found, signed, fixed) - score_of_signs(current, signed, fixed)
+    return (gain, {name: found}) if gain > 0 else (0.0, {name: current})
+
+
+def _solve_scales(problem, name, element, weights):
+    """The same with a positive scale each."""
+    spec, size = problem.spec, problem.spec.groups[name].size
     leaves = {"plain": {}, "dual": {}, "fixed": {}}
     own = {"plain": np.zeros(size), "dual": np.zeros(size)}
     for path, position in spec.leaves_of(name):
@@ -84,9 +99,7 @@ def _solve_factors(problem, name, element, weights):
         own_dual=own["dual"],
     )
     current = np.asarray(element[name])
-    if kind == "signed_permutation":
-        found = solve_signs(pairing)
-    elif all(path in weights for path in problem.blocks[name] if path in problem.weights):
+    if all(path in weights for path in problem.blocks[name] if path in problem.weights):
         found = solve_scales(pairing)
     else:  # at the start, one side of a unit says too little about its scale
         found = solve_order(pairing, *(scales[name] for scales in problem.balanced_scales()))

@@ -48,10 +48,27 @@ class Pairing:
 
 def solve_signs(pairing: Pairing) -> np.ndarray:
     """The order and the signs that maximise the objective: float64[2, n]; exact."""
-    product = pairing.plain + pairing.dual  # a sign is its own inverse, and changes no norm
-    order = solve_assignment(pairing.fixed + np.abs(product))
-    chosen = product[np.arange(len(order)), order]
+    return best_signs(pairing.plain + pairing.dual, pairing.fixed)  # a sign is its own inverse, and changes no norm
+
+
+def best_signs(signed: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """The same from the products that a sign multiplies and those that it does not touch.
+
+    Shapes:
+        signed, fixed: float[n, n]. returns: float64[2, n].
+    """
+    score = np.abs(signed)
+    score += fixed
+    order = solve_assignment(score)
+    chosen = signed[np.arange(len(order)), order]
     return np.stack([order, np.where(chosen < 0, -1.0, 1.0)])
+
+
+def score_of_signs(element: np.ndarray, signed: np.ndarray, fixed: np.ndarray) -> float:
+    """What `best_signs` maximises, of an element float[2, n]."""
+    slots, order = np.arange(len(signed)), order_of(element)
+    signs = factors_of(element, dual=False)
+    return float(np.sum(fixed[slots, order].astype(np.float64) + signs * signed[slots, order].astype(np.float64)))
 
 
 def solve_scales(pairing: Pairing) -> np.ndarray:

@@ -116,11 +116,31 @@ def add_scores_of_slot(
         axes: Of the parents, which `target` and `source` no longer have, and of the units in the whole leaf.
         target, source: The parts of the leaf that belong to the two parents.
     """
+    layout, values, axis = _layout_of_slot(spec, element, path, axes)
+    return _add_unit_scores(scores, np.float32(weight), target, source, values, layout=layout, axis=axis)
+
+
+def units_of_slot(
+    spec: Spec, element: Element, path: str, axes: tuple[int, int], part: Leaf, *, is_moved: bool
+) -> jax.Array:
+    """One parent's part of a leaf with its units first and all else behind: float32[n, rest].
+
+    Args:
+        axes, part: As in `add_scores_of_slot`.
+        is_moved: Whether the other axes are moved by the element.
+    """
+    layout, values, axis = _layout_of_slot(spec, element, path, axes)
+    if not is_moved:
+        layout, values = (None,) * len(layout), ()
+    return _units_of_slot(part, values, layout=layout, axis=axis)
+
+
+def _layout_of_slot(spec, element, path, axes):
+    """(layout, values, unit axis) of a leaf that has lost the axis of its parents."""
     parent_axis, axis = axes
     layout, values = _layout_of(spec, element, path, skip=axes)
     layout = tuple(entry for position, entry in enumerate(layout) if position != parent_axis)
-    axis -= parent_axis < axis
-    return _add_unit_scores(scores, np.float32(weight), target, source, values, layout=layout, axis=axis)
+    return layout, values, axis - (parent_axis < axis)
 
 
 def leaf_product(spec: Spec, element: Element, path: str, target: Leaf, source: Leaf) -> tuple[float, float]:
@@ -231,6 +251,11 @@ def _unit_scores(target, source, values, *, layout: Layout, axis: int):
 def _add_unit_scores(scores, weight, target, source, values, *, layout: Layout, axis: int):
     product = weight * _unit_scores(target, source, values, layout=layout, axis=axis).astype(jnp.float32)
     return product if scores is None else scores + product
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "axis"))
+def _units_of_slot(part, values, *, layout: Layout, axis: int):
+    return _units_first(_moved_pair(part, part, values, layout)[1], axis)
 
 
 def _by_parent(leaf, parent_axis, axis):
