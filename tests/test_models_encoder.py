@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from group_laws import check_group_laws
-from small_models import difference, outputs_of, random_params, shapes_of
+from small_models import difference, outputs_of, random_params, run, shapes_of
 
 from jaxtune import symmetry, tree
 from jaxtune.errors import ConfigError, SpecError, UnknownNameError
@@ -305,7 +305,7 @@ class TestNetwork:
         config = CONFIGS["tokens"]
         params, batch = random_params(config, dtype=np.float32), batch_of(config)
         other = {**batch, "text": np.where(batch["mask"], batch["text"], 7)}
-        outputs = [np.asarray(registry.apply(config, params, b))[batch["mask"]] for b in (batch, other)]
+        outputs = [np.asarray(run(config, params, b))[batch["mask"]] for b in (batch, other)]
         np.testing.assert_array_equal(*outputs)
 
     def test_half_precision_weights_give_float32_near_the_whole_ones(self):
@@ -320,14 +320,14 @@ class TestNetwork:
         config = CONFIGS["pooled"]
         batch = batch_of(config)
         batch["text"][0, 1], batch["text"][1, 1] = 31, -1
-        outputs = np.asarray(jax.jit(registry.apply, static_argnums=0)(config, random_params(config), batch))
+        outputs = np.asarray(run(config, random_params(config), batch))
         assert np.isnan(outputs[:2]).all()
         assert np.isfinite(outputs[2:]).all()
 
     def test_outputs_as_a_matrix(self):
         for name, columns in (("tied", 31 + 2), ("bare", 48), ("tokens", 5)):
             config = CONFIGS[name]
-            outputs = registry.apply(config, random_params(config, dtype=np.float32), batch_of(config))
+            outputs = run(config, random_params(config, dtype=np.float32), batch_of(config))
             assert registry.as_matrix(config, outputs).shape == (4 * 16, columns)
 
     def test_block_by_block_is_the_whole(self):
@@ -337,7 +337,7 @@ class TestNetwork:
         for index in range(config.depth):
             stream = encoder.apply_block(config, params[f"block_{index}"], stream, batch["mask"])
         np.testing.assert_allclose(
-            encoder.read_out(config, params, stream), registry.apply(config, params, batch), rtol=1e-5, atol=1e-5
+            encoder.read_out(config, params, stream), run(config, params, batch), rtol=1e-5, atol=1e-5
         )
 
     @pytest.mark.parametrize(

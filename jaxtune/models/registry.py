@@ -10,7 +10,7 @@ import jax
 
 from jaxtune import tree
 from jaxtune.errors import ConfigError
-from jaxtune.models import clip, clip_text, decoder, encoder, hub, mlp, resnet, vit
+from jaxtune.models import clip, clip_text, decoder, encoder, hub, mlp, resnet, t5, vit
 from jaxtune.models.config import from_fields, to_fields
 from jaxtune.models.keys import KeyTable
 from jaxtune.symmetry import Spec
@@ -83,6 +83,7 @@ FAMILIES: dict[str, Family] = {
     "jaxtune_encoder": Family(
         encoder.Config, encoder.init, encoder.apply, encoder.symmetry, encoder.example, as_matrix=encoder.as_matrix
     ),
+    "jaxtune_t5": Family(t5.Config, t5.init, t5.apply, t5.symmetry, t5.example),
 }
 
 

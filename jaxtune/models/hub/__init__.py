@@ -31,6 +31,7 @@ MODULES: dict[str, str] = {
     "llama": "llama",
     "mistral": "mistral",
     "mixtral": "mixtral",
+    "mt5": "t5",
     "opt": "opt",
     "phi3": "phi3",
     "qwen2": "qwen2",
@@ -41,6 +42,7 @@ MODULES: dict[str, str] = {
     "siglip": "siglip",
     "siglip_text_model": "siglip",
     "siglip_vision_model": "siglip",
+    "t5": "t5",
     "vit": "vit",
     "xlm-roberta": "roberta",
 }
