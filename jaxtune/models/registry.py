@@ -10,7 +10,7 @@ import jax
 
 from jaxtune import tree
 from jaxtune.errors import ConfigError
-from jaxtune.models import clip, clip_text, decoder, encoder, hub, mlp, resnet, t5, vit
+from jaxtune.models import clip, clip_text, decoder, encoder, hub, mlp, resnet, resnet_imagenet, t5, vit
 from jaxtune.models.config import from_fields, to_fields
 from jaxtune.models.keys import KeyTable
 from jaxtune.symmetry import Spec
@@ -30,6 +30,8 @@ class Family:
         apply_train: (config, params, batch) -> (outputs, params with new statistics); None without statistics.
         is_trainable: (config, path) -> bool; None where every leaf is.
         as_matrix: Outputs -> float[N, K], for the same; None: all axes but the last are examples.
+        observe_norms: (config, params, batch, is_training=) -> what every batch norm is given, for
+            `interpolate.repair`; None without batch norms.
     """
 
     config: type
@@ -40,6 +42,7 @@ class Family:
     apply_train: Callable[..., tuple[Any, dict[str, Any]]] | None = None
     is_trainable: Callable[[Any, str], bool] | None = None
     as_matrix: Callable[[Any], Any] | None = None
+    observe_norms: Callable[..., dict[str, Any]] | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -52,6 +55,17 @@ FAMILIES: dict[str, Family] = {
         resnet.example,
         apply_train=resnet.apply_train,
         is_trainable=resnet.is_trainable,
+        observe_norms=resnet.observe_norms,
+    ),
+    "jaxtune_resnet_imagenet": Family(
+        resnet_imagenet.Config,
+        resnet_imagenet.init,
+        resnet_imagenet.apply,
+        resnet_imagenet.symmetry,
+        resnet_imagenet.example,
+        apply_train=resnet_imagenet.apply_train,
+        is_trainable=resnet_imagenet.is_trainable,
+        observe_norms=resnet_imagenet.observe_norms,
     ),
     "jaxtune_vit": Family(
         vit.Config,
@@ -174,6 +188,22 @@ def apply_train(
     return family.apply_train(config, params, batch)
 
 
+def observe_norms(config: Any, params: Params, batch: Mapping[str, Any], *, is_training: bool) -> dict[str, Any]:
+    """Mean and variance, over a batch, of what every batch norm is given: a tree of the "mean" and "var" leaves.
+
+    Args:
+        config, params, batch: As `apply`.
+        is_training: Whether the norms divide by the batch's statistics, or by the running ones.
+
+    Raises:
+        ConfigError: a family without batch norms.
+    """
+    model_type, family = _find(config)
+    if family.observe_norms is None:
+        raise ConfigError(f"{model_type} has no batch norms, and so no statistics to observe.")
+    return family.observe_norms(config, params, batch, is_training=is_training)
+
+
 def symmetry_of(config: Any, **options: Any) -> Spec:
     """The symmetry of the network that `config` describes.
 
@@ -204,9 +234,7 @@ def vocabulary_axes(config: Any) -> dict[str, int]:
     grown = _with_vocabulary(config, 1)
     if grown is None:
         return {}
-    shapes = [
-        tree.flatten(jax.eval_shape(lambda key, c=c: init(key, c), jax.random.key(0))) for c in (config, grown)
-    ]
+    shapes = [tree.flatten(jax.eval_shape(lambda key, c=c: init(key, c), jax.random.key(0))) for c in (config, grown)]
     return {
         path: axis
         for path, leaf in shapes[0].items()

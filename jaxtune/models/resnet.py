@@ -8,8 +8,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxtune import tree
 from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.models.batch_norm import (
+    STATISTICS,
+    BatchNorm,
+    convolution,
+    is_statistic,
+    norm_axes,
+    put_statistics,
+)
 from jaxtune.models.config import check_fields
 from jaxtune.models.inputs import at_least_float32, draw_images, image_of, open_params
 from jaxtune.rng import named_key
@@ -18,7 +25,6 @@ from jaxtune.types import Params
 
 NUM_STAGES = 3
 STAGE_WIDTHS = (16, 32, 64)
-STATISTICS = ("mean", "var")
 SCALES = ("fixed", "free")
 EXAMPLE_SIZE = 32  # CIFAR's; the network itself takes any
 
@@ -55,35 +61,6 @@ class Config:
         return (self.depth - 2) // 6
 
 
-class BatchNorm(nn.Module):
-    """Batch norm over all axes but the last; flax's own mixes dtypes under strict promotion.
-
-    In training it normalises by the batch and leaves the next running statistics in "updated". The
-    running variance takes the batch's own variance (over N), as flax does and torch (over N - 1) does not.
-    """
-
-    eps: float
-    momentum: float
-    is_training: bool
-
-    @nn.compact
-    def __call__(self, x):
-        ones, zeros, width = nn.initializers.ones, nn.initializers.zeros, x.shape[-1:]
-        wide = x.astype(at_least_float32(x.dtype))
-        scale, bias, mean, var = (
-            self.param(name, fill, width, jnp.float32).astype(wide.dtype)
-            for name, fill in (("scale", ones), ("bias", zeros), ("mean", zeros), ("var", ones))
-        )
-        if self.is_training:
-            axes = tuple(range(x.ndim - 1))
-            old_mean, old_var, mean, var = mean, var, wide.mean(axis=axes), wide.var(axis=axes)
-            self.put_variable("updated", "mean", self.momentum * old_mean + (1 - self.momentum) * mean)
-            self.put_variable("updated", "var", self.momentum * old_var + (1 - self.momentum) * var)
-        lead = (1,) * (x.ndim - 1)
-        scale, bias, mean, var = (leaf.reshape(*lead, *width) for leaf in (scale, bias, mean, var))
-        return ((wide - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(x.dtype)
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions; a 1x1 one on the shortcut where the shape changes ("option B")."""
 
@@ -95,11 +72,11 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         norm = partial(BatchNorm, self.config.norm_eps, self.config.momentum, self.is_training)
-        y = _conv(self.width, 3, self.stride, name="conv1")(x)
+        y = convolution(self.width, 3, self.stride, name="conv1")(x)
         y = nn.relu(norm(name="norm1")(y))
-        y = norm(name="norm2")(_conv(self.width, 3, 1, name="conv2")(y))
+        y = norm(name="norm2")(convolution(self.width, 3, 1, name="conv2")(y))
         if y.shape != x.shape:
-            x = _conv(self.width, 1, self.stride, name="shortcut_conv")(x)
+            x = convolution(self.width, 1, self.stride, name="shortcut_conv")(x)
             x = norm(name="shortcut_norm")(x)
         return nn.relu(x + y)
 
@@ -113,7 +90,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, image):
         config = self.config
-        x = _conv(STAGE_WIDTHS[0] * config.width_multiplier, 3, 1, name="stem_conv")(image)
+        x = convolution(STAGE_WIDTHS[0] * config.width_multiplier, 3, 1, name="stem_conv")(image)
         x = nn.relu(BatchNorm(config.norm_eps, config.momentum, self.is_training, name="stem_norm")(x))
         for stage, width in enumerate(STAGE_WIDTHS):
             for block in range(config.num_blocks):
@@ -151,17 +128,26 @@ def apply_train(config: Config, params: Params, batch: Params) -> tuple[jax.Arra
     Shapes, Raises: as `apply`. Only the "mean" and "var" leaves of the returned tree are new, and keep
     their dtype; no gradient flows through them.
     """
-    outputs, updated = _run(config, params, batch, is_training=True)
-    moved = tree.flatten(updated)
-    leaves = tree.flatten(params)
-    for path, leaf in moved.items():
-        leaves[path] = jax.lax.stop_gradient(leaf).astype(leaves[path].dtype)
-    return outputs, tree.unflatten(leaves)
+    outputs, variables = _run(config, params, batch, is_training=True)
+    return outputs, put_statistics(params, variables["updated"])
 
 
 def example(key: jax.Array, config: Config, size: int) -> dict[str, jax.Array]:
     """Images to compare two networks on, see `inputs.draw_images`."""
     return {"image": draw_images(named_key(key, "image"), size, EXAMPLE_SIZE, EXAMPLE_SIZE, config.channels)}
+
+
+def observe_norms(config: Config, params: Params, batch: Params, *, is_training: bool) -> dict[str, Any]:
+    """Mean and variance, over a batch, of what every batch norm is given.
+
+    Args:
+        config, params, batch: As `apply`.
+        is_training: Whether the norms divide by the batch's statistics, or by the running ones.
+
+    Shapes:
+        result: a tree of the "mean" and "var" leaves alone.
+    """
+    return _run(config, params, batch, is_training=is_training, mutable=["observed", "updated"])[1]["observed"]
 
 
 def symmetry(config: Config, *, scales: str = "fixed") -> Spec:
@@ -186,8 +172,7 @@ def symmetry(config: Config, *, scales: str = "fixed") -> Spec:
     groups, axes, unmatched, nonnegative = [], {}, [], []
 
     def add_norm(path, group):
-        axes.update({f"{path}/{name}": (group,) for name in ("scale", "bias")})
-        axes.update({f"{path}/{name}": (f"{group}~",) for name in STATISTICS})
+        axes.update(norm_axes(path, group))
         unmatched.extend(f"{path}/{name}" for name in STATISTICS)
         nonnegative.append(f"{path}/var")
 
@@ -216,26 +201,17 @@ def symmetry(config: Config, *, scales: str = "fixed") -> Spec:
 def is_trainable(config: Config, path: str) -> bool:
     """False for running statistics."""
     del config
-    return path.rsplit("/", 1)[-1] not in STATISTICS
+    return not is_statistic(path)
 
 
-def _run(config, params, batch, *, is_training):
+def _run(config, params, batch, *, is_training, mutable=("updated",)):
     image = image_of(batch, (None, None, config.channels))
     params = open_params(init, config, params)
     dtype = params["head"]["bias"].dtype
     outputs, variables = ResNet(config, is_training).apply(
-        {"params": params}, jnp.asarray(image).astype(dtype), mutable=["updated"]
+        {"params": params}, jnp.asarray(image).astype(dtype), mutable=list(mutable)
     )
-    return outputs.astype(at_least_float32(dtype)), variables.get("updated", {})
-
-
-def _conv(width, size, stride, *, name):
-    # Padding by hand: "SAME" pads a strided convolution on one side only, other frameworks on both.
-    pad = (size // 2, size // 2)
-    kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    return nn.Conv(
-        width, (size, size), (stride, stride), [pad, pad], use_bias=False, kernel_init=kernel_init, name=name
-    )
+    return outputs.astype(at_least_float32(dtype)), variables
 
 
 def _block(stage, block):

@@ -6,6 +6,7 @@ config.json does not say all, a third, `facts(values, names)`, says what the ten
 """
 
 import importlib
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ MODULES: dict[str, str] = {
     "qwen2_moe": "qwen2_moe",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "resnet": "resnet",
     "roberta": "roberta",
     "siglip": "siglip",
     "siglip_text_model": "siglip",
@@ -45,6 +47,11 @@ MODULES: dict[str, str] = {
     "t5": "t5",
     "vit": "vit",
     "xlm-roberta": "roberta",
+}
+
+# A timm config.json has no model_type but an "architecture", whose name begins like one of these -> module.
+ARCHITECTURES: dict[str, str] = {
+    r"(tv_)?(wide_)?resnet\d": "resnet",
 }
 
 
@@ -74,7 +81,9 @@ def stored_key_table(config: Any, values: Mapping[str, Any], names: Collection[s
 
 
 def _module_name(values):
-    model_type = values.get("model_type")
+    model_type, architecture = values.get("model_type"), values.get("architecture")
+    if "model_type" not in values and isinstance(architecture, str):
+        return next((name for pattern, name in ARCHITECTURES.items() if re.match(pattern, architecture)), None)
     return MODULES.get(model_type) if isinstance(model_type, str) else None
 
 
