@@ -8,6 +8,7 @@ from small_models import shapes_of
 
 from jaxtune.errors import ConfigError, TreeMismatchError
 from jaxtune.models import registry
+from jaxtune.models.decoder.rotary import rotary_frequencies
 from jaxtune.tree import flatten
 
 pytest.importorskip("transformers")
@@ -72,6 +73,14 @@ def test_older_names_of_the_rotary_mean_the_same():
     new = registry.config_from_dict({**VALUES, "rope_parameters": LLAMA3})
     old = {("type" if name == "rope_type" else name): value for name, value in LLAMA3.items() if name != "rope_theta"}
     assert registry.config_from_dict({**VALUES, "rope_theta": 100.0, "rope_scaling": old}) == new
+
+
+@pytest.mark.parametrize("name", ["plain", "rotary llama3", "rotary linear"])
+def test_frequencies_are_those_of_transformers_to_the_last_bit(name):
+    model = hub_decoders.make_model(*VARIANTS[name][:1], **VARIANTS[name][1])
+    config = registry.config_from_dict({**VALUES, **VARIANTS[name][1]})
+    theirs = model.model.rotary_emb.inv_freq.numpy()
+    np.testing.assert_array_max_ulp(rotary_frequencies(config.rotary, config.head_width), theirs, maxulp=1)
 
 
 REFUSED = {

@@ -19,7 +19,9 @@ def rotary_frequencies(rotary: Rotary, num_units: int) -> np.ndarray:
     a hundredth of a turn.
     """
     exponents = np.arange(0, num_units, 2, dtype=np.float32) / np.float32(num_units)
-    frequencies = np.float32(1.0) / np.power(np.float32(rotary.theta), exponents)
+    # torch's power is rounded correctly but for one in a thousand, NumPy's in float32 is not.
+    powers = np.power(np.float64(rotary.theta), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1.0) / powers
     if rotary.scaling == "linear":
         return frequencies / np.float32(rotary.factor)
     if rotary.scaling == "llama3":
