@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxtune.align.blocks import solve_block
+from jaxtune.align.memory import keep_search, recall_search
 from jaxtune.align.problem import Problem, make_problem
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.rng import named_key
@@ -118,6 +119,16 @@ def match_weights(
     spec.check(target)
     check_finite("target", target)
     check_finite("source", source)
+    options = dict(
+        head_cost=head_cost,
+        weighting=weighting,
+        num_restarts=num_restarts,
+        max_sweeps=max_sweeps,
+        tolerance=tolerance,
+    )
+    known = recall_search(key, spec, options)
+    if known is not None:
+        return MatchResult(element=known[0], **{name: _tuples(value) for name, value in known[1].items()})
     basis = "plain" if weighting == "plain" else "unit"
     problem = make_problem(spec, flatten(target), flatten(source), head_cost=head_cost, weighting=basis)
     search = Search(problem)
@@ -132,11 +143,19 @@ def match_weights(
     best = max(results, key=lambda result: result.objective)
     if weighting == "agreement":
         best = _reweigh(problem, best, max_sweeps=max_sweeps, tolerance=tolerance)
-    return dataclasses.replace(
+    best = dataclasses.replace(
         best,
         objective_of_identity=problem.objective_of_identity,
         objectives=tuple(result.objective for result in results),
     )
+    fields = {field.name: getattr(best, field.name) for field in dataclasses.fields(best) if field.name != "element"}
+    keep_search(key, spec, options, best.element, fields)
+    return best
+
+
+def _tuples(value):
+    """Lists, which JSON makes of tuples, as tuples again."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _reweigh(problem, result, *, max_sweeps, tolerance):

@@ -19,7 +19,7 @@ from jaxtune.checkpoint.formats import (
     Layout,
     StoredFile,
 )
-from jaxtune.checkpoint.publish import publish
+from jaxtune.checkpoint.publish import check_space, publish
 from jaxtune.checkpoint.resume import finish_file
 from jaxtune.checkpoint.rounding import check_castable, round_to_stored
 from jaxtune.errors import CheckpointError, OutputError, TreeMismatchError, unknown_name
@@ -78,6 +78,10 @@ def save(
     extra = {name: text.encode() if isinstance(text, str) else text for name, text in (extra_files or {}).items()}
     num_bytes = layout.num_bytes + sum(map(len, extra.values()))
     num_bytes += sum(place.stat().st_size for place in side_files.values() if place.exists())
+    if work is not None:  # before anything lies beside the output that a killed process could not take away
+        check_space(path, num_bytes)
+        finish_shards(work, params, layout)
+        num_bytes = 0
     with publish(path, overwrite=overwrite, inputs=inputs, num_bytes=num_bytes) as folder:
         write_checkpoint(folder, params, layout, side_files=side_files, work=work)
         write_extra_files(folder, extra)
@@ -142,24 +146,22 @@ def write_checkpoint(
 ) -> None:
     """Writes all files of a checkpoint into a folder that `publish` yielded; leaf by leaf, one in memory at a time.
 
-    With `work`, files of tensors are finished there first, and those that a former run finished are taken as they are.
+    Args:
+        folder: Where to.
+        params: Tree of the layout.
+        layout: Names, order and dtypes.
+        side_files: Name -> what to copy.
+        work: Where `finish_shards` put the files of tensors already; they get a second name in `folder`.
 
     Raises:
         CheckpointError: a value does not fit the stored dtype, or a side file can no longer be read.
         OSError: the disk refused.
     """
-    stored = layout.tensors
-    tensor_of = layout.codec.encoder(params) if layout.codec else flatten(params).__getitem__
-
-    def leaf_of(name):
-        return round_to_stored(name, np.asarray(tensor_of(name)), stored[name].dtype)
-
     for file in layout.files:
-        if work is None or not isinstance(file.header, safetensors.Header):
-            file.header.write(folder / file.name, leaf_of)
-            continue
-        finish_file(work / SHARDS_NAME / file.name, lambda place, file=file: file.header.write(place, leaf_of))
-        os.link(work / SHARDS_NAME / file.name, folder / file.name)
+        if work is not None and isinstance(file.header, safetensors.Header):
+            _link(work / SHARDS_NAME / file.name, folder / file.name)
+        else:
+            file.header.write(folder / file.name, _reader_of(params, layout))
     for name, data in ((layout.config_name, layout.config), (INDEX_NAME, layout.index)):
         if data is not None:
             (folder / name).write_bytes(data)
@@ -167,6 +169,34 @@ def write_checkpoint(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with files.open_regular(place) as source, open(folder / name, "xb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
+
+
+def finish_shards(work: Path, params: Params, layout: Layout) -> None:
+    """Writes every safetensors file of a layout into a folder of work, but for those that a former run finished there.
+
+    Raises:
+        CheckpointError: a value does not fit the stored dtype.
+        OSError: the disk refused.
+    """
+    leaf_of = _reader_of(params, layout)
+    for file in layout.files:
+        if isinstance(file.header, safetensors.Header):
+            finish_file(work / SHARDS_NAME / file.name, lambda place, file=file: file.header.write(place, leaf_of))
+
+
+def _reader_of(params, layout):
+    """Stored name -> what to write, rounded to its dtype."""
+    stored = layout.tensors
+    tensor_of = layout.codec.encoder(params) if layout.codec else flatten(params).__getitem__
+    return lambda name: round_to_stored(name, np.asarray(tensor_of(name)), stored[name].dtype)
+
+
+def _link(place, name):
+    """A second name for a finished file; a copy where the file system knows no links."""
+    try:
+        os.link(place, name)
+    except OSError:
+        shutil.copyfile(place, name)
 
 
 def write_extra_files(folder: Path, extra_files: Mapping[str, bytes]) -> None:

@@ -1,5 +1,6 @@
 """`jaxtune transport`: old base, its fine-tune, new base in; the new base with the fine-tune out."""
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import numpy as np
 
 import jaxtune
-from jaxtune import checkpoint
+from jaxtune import checkpoint, loading
+from jaxtune.align.memory import remember_searches
+from jaxtune.checkpoint.resume import digest_of, keep_work
 from jaxtune.commands.measure import measure_on, open_data
 from jaxtune.commands.options import describe_inputs, load_models, parse_options, read_config, refuse_output
 from jaxtune.errors import ConfigError, unknown_name
@@ -52,44 +55,56 @@ def run(arguments) -> None:
         print(_plan(models, arguments.method))
         return
     data = {name: open_data(getattr(arguments, name), config) for name in ("evaluate", "support")}
-    with work.stage("transport"):
-        result = jaxtune.transport(
-            *models.values(),
-            method=arguments.method,
-            scale=arguments.scale,
-            seed=arguments.seed,
-            verify=arguments.verify,
-            **options,
-        )
-    with work.stage("measure"):
-        measured = _measure(config, models, result.params, data)
     with work.stage("hash"):
         inputs = describe_inputs(models)
-    report = {
-        "command": "transport",
-        "inputs": inputs,
-        "config": models["target"].config,
-        "method": {"name": arguments.method, "options": {**METHODS[arguments.method].options, **options}},
-        "scale": arguments.scale,
-        "seed": arguments.seed,
-        "task_vector": _norms(models, result),
-        "info": result.prepared.info,
-        "evidence": None if result.evidence is None else result.evidence.as_dict(),
-        "equivalence": None if result.equivalence is None else result.equivalence.as_dict(),
-        "expected": result.expected,
-        "measured": measured,
-        "host": describe_host(),
-        "cost": work.cost(),
-    }
-    checkpoint.save(
-        arguments.out,
-        result.params,
-        like=models["target"],
-        overwrite=arguments.overwrite,
-        inputs=paths.values(),
-        extra_files={"report.json": to_json(report), "report.html": _page(report)},
-    )
+    method = {"name": arguments.method, "options": {**METHODS[arguments.method].options, **options}}
+    asked = {"command": "transport", "method": method, "scale": arguments.scale, "seed": arguments.seed}
+    with _kept_work(arguments, models, {**asked, "inputs": inputs}) as kept:
+        with work.stage("transport"):
+            result = jaxtune.transport(
+                *models.values(),
+                method=arguments.method,
+                scale=arguments.scale,
+                seed=arguments.seed,
+                verify=arguments.verify,
+                **options,
+            )
+        with work.stage("measure"):
+            measured = _measure(config, models, result.params, data)
+        report = {
+            **asked,
+            "inputs": inputs,
+            "config": models["target"].config,
+            "task_vector": _norms(models, result),
+            "info": result.prepared.info,
+            "evidence": None if result.evidence is None else result.evidence.as_dict(),
+            "equivalence": None if result.equivalence is None else result.equivalence.as_dict(),
+            "expected": result.expected,
+            "measured": measured,
+            "host": describe_host(),
+            "cost": work.cost(),
+        }
+        checkpoint.save(
+            arguments.out,
+            result.params,
+            like=models["target"],
+            overwrite=arguments.overwrite,
+            inputs=paths.values(),
+            extra_files={"report.json": to_json(report), "report.html": _page(report)},
+            work=kept,
+        )
     print(_summary(report, arguments.out))
+
+
+@contextlib.contextmanager
+def _kept_work(arguments, models, asked):
+    """For models that take long, a folder in which searches and shards outlive a killed run; None for others."""
+    if models["target"].layout.num_bytes <= loading.LAZY_BYTES:
+        yield None
+        return
+    host = {name: value for name, value in describe_host().items() if name != "num_devices"}
+    with keep_work(arguments.out, digest_of({**asked, "host": host})) as kept, remember_searches(kept / "searches"):
+        yield kept
 
 
 def _norms(models, result) -> dict[str, float]:
