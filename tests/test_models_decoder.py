@@ -16,6 +16,7 @@ from jaxtune.evaluate.equivalence import compare_outputs
 from jaxtune.models import decoder, registry
 from jaxtune.models.decoder.leaves import list_slots
 from jaxtune.models.experts import Experts
+from jaxtune.models.keys import rearrange
 from jaxtune.models.text import text_of
 
 ROTARY = decoder.Rotary(theta=50.0)
@@ -200,6 +201,13 @@ class TestFunction:
         assert config.window is None or batch["text"].shape[1] > config.window
         outputs = jax.eval_shape(lambda p, b: registry.apply(config, p, b), shapes_of(config), batch)
         assert jax.eval_shape(lambda leaf: registry.as_matrix(config, leaf), outputs).ndim == 2
+
+
+def test_interleaved_planes_are_brought_to_halves_by_a_pattern():
+    """As `docs/add_a_family.md` says: plane i of a head is stored as its rows 2i and 2i + 1."""
+    stored = np.arange(2 * 6 * 1).reshape(12, 1)
+    ours = rearrange(stored, "(kv pair two) in -> in kv (two pair)", {"kv": 2, "two": 2})
+    assert ours[0].tolist() == [[0, 2, 4, 1, 3, 5], [6, 8, 10, 7, 9, 11]]
 
 
 class TestDoor:
