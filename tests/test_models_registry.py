@@ -38,7 +38,7 @@ def test_a_default_may_be_left_out_and_a_size_may_not():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "clip"}, "unknown model_type 'clip'. Known: jaxtune_mlp, .*Hugging Face families are not read"),
+        ({"model_type": "perceiver"}, r"unknown model_type 'perceiver'\. Known: jaxtune_mlp, .*vit"),
         ({"hidden_size": 768}, r"(?s)vit.Config cannot.*hidden_size: no such field.*Its fields: image_size"),
         ({"width": "768"}, "width: must be an int, at least 1, got '768'"),
         ({"width": True}, "width: must be an int"),

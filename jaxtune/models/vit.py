@@ -29,6 +29,7 @@ class Config:
 
     Attributes:
         image_size, patch_size: Side in pixels; patches tile the image.
+        ignores_rest: Whether pixels beyond the last whole patch may be left over, which nothing reads.
         num_outputs: Classes, or the width of an embedding space.
         pooling: What the final norm's tokens become. "class": the class token's. "mean": no class token; mean of the
             patches. "patches": mean of the patches beside a class token that nothing reads. "class_and_patches": the
@@ -75,11 +76,12 @@ class Config:
     positions: Literal["all", "class_and_patches", "patches"] = "all"
     mask_token: bool = False
     head: Literal["linear", "tanh", "none"] = "linear"
+    ignores_rest: bool = False
 
     def __post_init__(self):
         check_fields(self)
         check_heads(self)
-        if self.image_size % self.patch_size:
+        if self.image_size % self.patch_size and not (self.ignores_rest and self.image_size > self.patch_size):
             raise ConfigError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}.")
         means = self.pooling in ("mean", "patches")
         two = self.pooling == "class_and_distillation"

@@ -54,6 +54,7 @@ MODULES: dict[str, str] = {
 # A timm config.json has no model_type but an "architecture", whose name begins like one of these -> module.
 ARCHITECTURES: dict[str, str] = {
     r"(tv_)?(wide_)?resnet\d": "resnet",
+    r"vit_|deit|eva|flexivit": "timm",
 }
 
 
@@ -84,6 +85,8 @@ def stored_key_table(config: Any, values: Mapping[str, Any], names: Collection[s
 
 def _module_name(values):
     model_type, architecture = values.get("model_type"), values.get("architecture")
+    if "model_type" not in values and isinstance(values.get("model_cfg"), Mapping):
+        return "open_clip"  # its file is open_clip_config.json
     if "model_type" not in values and isinstance(architecture, str):
         return next((name for pattern, name in ARCHITECTURES.items() if re.match(pattern, architecture)), None)
     return MODULES.get(model_type) if isinstance(model_type, str) else None

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtune.models import clip, clip_text, vit
 from jaxtune.models.hub.facts import FACTS
 from jaxtune.models.hub.fields import Fields
-from jaxtune.models.hub.vision_rows import block_rows, dense_rows, norm_rows, patch_rows, side_of, under
+from jaxtune.models.hub.vision_rows import block_rows, dense_rows, norm_rows, patch_rows, read_image, under
 from jaxtune.models.keys import KeyTable, Row
 
 TEXT_DEFAULTS = {
@@ -138,10 +138,9 @@ def _has_projection(fields, bare):
 
 
 def _read_vision(fields):
-    image = {name: side_of(fields, name) for name in ("image_size", "patch_size")}
     return {
         **read_sizes(fields),
-        **image,
+        **read_image(fields),
         "channels": fields["num_channels"],
         "stream_norm": True,
         "patch_bias": False,

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtune.models import clip, clip_text, vit
 from jaxtune.models.hub.clip import IGNORED, encoder_rows, prefix_of, read_sizes, tower_of
 from jaxtune.models.hub.fields import Fields
-from jaxtune.models.hub.vision_rows import attention_rows, dense_rows, norm_rows, patch_rows, side_of, under
+from jaxtune.models.hub.vision_rows import attention_rows, dense_rows, norm_rows, patch_rows, read_image, under
 from jaxtune.models.keys import KeyTable, Row
 
 TEXT_DEFAULTS = {
@@ -78,8 +78,7 @@ def _read_vision(fields):
     fields.only("vision_use_head", True)
     return vit.Config(
         **read_sizes(fields),
-        image_size=side_of(fields, "image_size"),
-        patch_size=side_of(fields, "patch_size"),
+        **read_image(fields),
         channels=fields["num_channels"],
         pooling="attention",
         head="none",

@@ -100,6 +100,12 @@ def under(prefix: str, rows: list[Row]) -> list[Row]:
     ]
 
 
+def read_image(fields: Fields) -> dict[str, Any]:
+    """Sides of the image and of a patch, as fields of our config."""
+    image, patch = side_of(fields, "image_size"), side_of(fields, "patch_size")
+    return {"image_size": image, "patch_size": patch, "ignores_rest": bool(image % patch)}
+
+
 def side_of(fields: Fields, name: str) -> int:
     """Side of a square, in pixels, from one number or two.
 

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtune.models import vit
 from jaxtune.models.hub.facts import FACTS
 from jaxtune.models.hub.fields import Fields
-from jaxtune.models.hub.vision_rows import TOKEN, TOKENS, block_rows, dense_rows, norm_rows, patch_rows, side_of
+from jaxtune.models.hub.vision_rows import TOKEN, TOKENS, block_rows, dense_rows, norm_rows, patch_rows, read_image
 from jaxtune.models.keys import KeyTable, Row
 
 DEFAULTS = {
@@ -68,8 +68,7 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
     width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
     fields.only("head_dim", None, width // num_heads)
     return {
-        "image_size": side_of(fields, "image_size"),
-        "patch_size": side_of(fields, "patch_size"),
+        **read_image(fields),
         "width": width,
         "depth": fields["num_hidden_layers"],
         "num_heads": num_heads,
