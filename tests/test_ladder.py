@@ -16,6 +16,7 @@ from experiments.ladder import FIELDS, climb
 from experiments.rungs.measure import ask_other_width
 from experiments.rungs.networks import Networks, Schedule
 from experiments.rungs.pairs import Rungs, build_pairs
+from experiments.rungs.results import dump_result
 from experiments.rungs.summary import bootstrap, judge_verdict, summarise_pair
 from jaxtune.data import Loader, open_source
 from jaxtune.errors import ConfigError, UnknownNameError
@@ -177,6 +178,15 @@ def test_the_same_command_measures_nothing_twice(climbed, monkeypatch):
     config.pretrain.num_steps = 13
     with pytest.raises(ConfigError, match=r"pretrain.num_steps: began with 12, now 13"):
         climb(config, climbed)
+
+
+def test_the_file_of_all_numbers_reads_pair_by_pair():
+    result = {"config": {"a": 1}, "pairs": [{"x": 1 / 3}, {"x": None}], "rows": []}
+    text = dump_result(result)
+    assert json.loads(text) == {**result, "pairs": [{"x": 0.333333}, {"x": None}]}
+    assert '  {"x": 0.333333},\n  {"x": null}\n' in text
+    with pytest.raises(ValueError, match="JSON"):
+        dump_result({"config": {}, "pairs": [{"x": float("nan")}], "rows": []})
 
 
 def test_what_a_config_may_not_say(tmp_path):

@@ -12,6 +12,7 @@ from experiments.workdir import Workdir
 from jaxtune.report.plots import has_plots, plot_lines, plot_points
 
 CONTROLS = ("random element", "random vector of the same norms", "full with its layers shuffled", "2 shots a class")
+LONG = ("pairs", "rows")
 METHODS = ("auto", "identity", "orthogonal_shift", "permutation", "transfusion", "full")
 
 
@@ -54,12 +55,23 @@ def write_results(
         "pairs": pairs,
         "rows": [{"model": one["model"], **row} for one in measured for row in one["rows"]],
     }
-    workdir.publish_text("ladder.json", json.dumps(_rounded(result), indent=1, allow_nan=False) + "\n")
+    workdir.publish_text("ladder.json", dump_result(result))
     workdir.publish_text("ladder.md", render_page(result))
     if has_plots():
         for name, figure in draw_figures(result).items():
             workdir.publish_text(name, figure)
     print(render_page(result))
+
+
+def dump_result(result: Mapping[str, Any]) -> str:
+    """As JSON: "pairs" and "rows" one a line, the rest indented."""
+    result = _rounded(result)
+    short = {name: [] if name in LONG else value for name, value in result.items()}
+    text = json.dumps(short, indent=1, allow_nan=False)
+    for name in LONG:
+        lines = ",\n".join(f"  {json.dumps(line, allow_nan=False)}" for line in result[name])
+        text = text.replace(f'"{name}": []', f'"{name}": [\n{lines}\n ]' if lines else f'"{name}": []')
+    return text + "\n"
 
 
 def render_page(result: Mapping[str, Any]) -> str:
