@@ -14,7 +14,7 @@ from jaxtune import symmetry, tree
 from jaxtune.errors import ConfigError, DataError, TreeMismatchError, UnknownNameError
 from jaxtune.evaluate.equivalence import compare_outputs
 from jaxtune.models import decoder, registry
-from jaxtune.models.decoder.leaves import list_slots
+from jaxtune.models.decoder.leaves import list_leaves
 from jaxtune.models.experts import Experts
 from jaxtune.models.keys import rearrange
 from jaxtune.models.text import text_of
@@ -91,12 +91,12 @@ def float64():
 
 def random_params(config, dtype=np.float32):
     """Of the sizes that `init` gives them, drawn by NumPy: nothing to compile."""
-    draw, slots = np.random.default_rng(0), {slot.path: slot for slot in list_slots(config)}
+    draw, leaves = np.random.default_rng(0), {leaf.path: leaf for leaf in list_leaves(config)}
 
     def fill(path, leaf):
         noise = draw.normal(size=leaf.shape)
-        slot = slots.get(path)
-        return np.asarray(slot.centre + slot.spread * noise if slot else noise * leaf.shape[-2] ** -0.5, dtype)
+        own = leaves.get(path)
+        return np.asarray(own.centre + own.spread * noise if own else noise * leaf.shape[-2] ** -0.5, dtype)
 
     return tree.map_leaves(fill, shapes_of(config))
 

@@ -1,39 +1,19 @@
 """Every leaf of a decoder: its shape, who owns its axes, and how it is drawn; one table for `init` and `symmetry`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from jaxtune.models.declared import Declared, bias, draw
 from jaxtune.models.decoder.config import Config
 from jaxtune.models.experts import init_experts
 from jaxtune.rng import named_key
-from jaxtune.tree import flatten, unflatten
 
 STREAM = "stream"
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One leaf.
-
-    Attributes:
-        path: Where it lies.
-        shape: Its shape.
-        owners: As `make_spec` takes them, one an axis.
-        centre, spread: Mean and standard deviation that `init` draws it with.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    owners: tuple[str | None, ...]
-    centre: float
-    spread: float
-
-
-def list_slots(config: Config) -> Iterator[Slot]:
+def list_leaves(config: Config) -> Iterator[Declared]:
     """Every leaf but those of mixtures of experts."""
     width, embed_width = config.width, config.embed_width or config.width
     embed = STREAM if config.embed_width is None else None
@@ -58,7 +38,7 @@ def list_slots(config: Config) -> Iterator[Slot]:
     if config.head == "tokens" and not config.tied:
         yield _kernel("head/kernel", (embed_width, config.vocab_size), (embed, None), embed_width)
     if config.head_bias:
-        yield _bias("head/bias", (config.vocab_size,), (None,))
+        yield bias("head/bias", (config.vocab_size,), (None,))
 
 
 def init(key: jax.Array, config: Config) -> dict[str, Any]:
@@ -68,16 +48,13 @@ def init(key: jax.Array, config: Config) -> dict[str, Any]:
         key: Every leaf draws from the stream of its own path.
         config: Sizes.
     """
-    leaves = {}
-    for slot in list_slots(config):
-        noise = jax.random.normal(named_key(key, slot.path), slot.shape, jnp.float32)
-        leaves[slot.path] = slot.centre + slot.spread * noise
+    params = draw(key, list_leaves(config))
     for index in range(config.depth):
         experts = config.experts_of(index)
         if experts is not None:
-            mlp = init_experts(named_key(key, f"block_{index}/mlp"), experts, config.width)
-            leaves |= {f"block_{index}/mlp/{path}": leaf for path, leaf in flatten(mlp).items()}
-    return unflatten(leaves)
+            mlp = f"block_{index}/mlp"
+            params[f"block_{index}"]["mlp"] = init_experts(named_key(key, mlp), experts, config.width)
+    return params
 
 
 def _list_norm(config, path):
@@ -85,7 +62,7 @@ def _list_norm(config, path):
     owner = STREAM if config.norm == "layer" else f"{STREAM}~"
     yield _gain(config, f"{path}/scale", (config.width,), (owner,))
     if config.norm == "layer":
-        yield _bias(f"{path}/bias", (config.width,), (owner,))
+        yield bias(f"{path}/bias", (config.width,), (owner,))
 
 
 def _list_attention(config, path):
@@ -97,21 +74,27 @@ def _list_attention(config, path):
         yield _kernel(f"{path}/q{name}/kernel", (width, heads, queries, size), (STREAM, head, query, qk), width)
         yield _kernel(f"{path}/k{name}/kernel", (width, heads, size), (STREAM, head, f"{qk}*"), width)
         if config.qkv_bias:
-            yield _bias(f"{path}/q{name}/bias", (heads, queries, size), (head, query, qk))
-            yield _bias(f"{path}/k{name}/bias", (heads, size), (head, f"{qk}*"))
+            yield bias(f"{path}/q{name}/bias", (heads, queries, size), (head, query, qk))
+            yield bias(f"{path}/k{name}/bias", (heads, size), (head, f"{qk}*"), is_unmatched=_is_hidden(config, name))
     yield _kernel(f"{path}/v/kernel", (width, heads, units), (STREAM, head, vo), width)
     if config.qkv_bias:
-        yield _bias(f"{path}/v/bias", (heads, units), (head, vo))
+        yield bias(f"{path}/v/bias", (heads, units), (head, vo))
     owners = (head, query, f"{vo}*", STREAM)
     yield _kernel(f"{path}/out/kernel", (heads, queries, units, width), owners, heads * queries * units)
     if config.out_bias:
-        yield _bias(f"{path}/out/bias", (width,), (STREAM,))
+        yield bias(f"{path}/out/bias", (width,), (STREAM,))
     if config.qk_norm == "head":
         yield _gain(config, f"{path}/q_norm/scale", (units,), (None,))
         yield _gain(config, f"{path}/k_norm/scale", (units,), (None,))
     if config.qk_norm == "whole":
         yield _gain(config, f"{path}/q_norm/scale", (heads, queries, units), (head, query, None))
         yield _gain(config, f"{path}/k_norm/scale", (heads, units), (head, None))
+
+
+def _is_hidden(config, name):
+    """Whether a key bias adds the same to all scores of a query, to which softmax is blind; a soft cap is not."""
+    turns = config.num_rotary and name != "/plain"
+    return not turns and config.attention_softcap is None and config.qk_norm == "none"
 
 
 def qk_parts(config: Config) -> list[tuple[str, str, int]]:
@@ -131,19 +114,15 @@ def _list_mlp(config, path):
     for name, owner in owners.items():
         yield _kernel(f"{path}/{name}/kernel", (width, hidden), (STREAM, owner), width)
         if config.mlp_bias:
-            yield _bias(f"{path}/{name}/bias", (hidden,), (owner,))
+            yield bias(f"{path}/{name}/bias", (hidden,), (owner,))
     yield _kernel(f"{path}/down/kernel", (hidden, width), (f"{units}*", STREAM), hidden)
     if config.mlp_bias:
-        yield _bias(f"{path}/down/bias", (width,), (STREAM,))
+        yield bias(f"{path}/down/bias", (width,), (STREAM,))
 
 
 def _kernel(path, shape, owners, fan_in):
-    return Slot(path, shape, owners, 0.0, fan_in**-0.5)
-
-
-def _bias(path, shape, owners):
-    return Slot(path, shape, owners, 0.0, 0.1)
+    return Declared(path, shape, owners, 0.0, fan_in**-0.5)
 
 
 def _gain(config, path, shape, owners):
-    return Slot(path, shape, owners, 0.0 if config.norm == "rms_plus_one" else 1.0, 0.1)
+    return Declared(path, shape, owners, 0.0 if config.norm == "rms_plus_one" else 1.0, 0.1)

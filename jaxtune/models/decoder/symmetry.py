@@ -4,7 +4,7 @@ from typing import Literal
 
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.models.decoder.config import Config
-from jaxtune.models.decoder.leaves import STREAM, list_slots, qk_parts
+from jaxtune.models.decoder.leaves import STREAM, list_leaves, qk_parts
 from jaxtune.models.experts import declare_experts
 from jaxtune.symmetry import Group, Spec, make_spec
 
@@ -41,7 +41,8 @@ def symmetry(config: Config, *, scales: Literal["fixed", "free"] = "fixed") -> S
         )
     is_free = config.head != "none" or config.embed_width is not None
     stream = STREAM if is_free else None
-    axes = {slot.path: slot.owners if is_free else _hold_stream(slot.owners) for slot in list_slots(config)}
+    leaves = list(list_leaves(config))
+    axes = {leaf.path: leaf.owners if is_free else _hold_stream(leaf.owners) for leaf in leaves}
     kind = "permutation" if config.norm == "layer" else "signed_permutation"
     groups = [Group(STREAM, config.width, kind, role="stream")] if is_free else []
     for index in range(config.depth):
@@ -54,7 +55,8 @@ def symmetry(config: Config, *, scales: Literal["fixed", "free"] = "fixed") -> S
         else:
             more, rows = declare_experts(experts, f"block_{index}/mlp", width_owner=stream)
             groups, axes = [*groups, *more], {**axes, **rows}
-    return make_spec(groups, axes, unmatched=_hidden_biases(config, axes), junctions=[STREAM] if is_free else [])
+    unmatched = [leaf.path for leaf in leaves if leaf.is_unmatched]
+    return make_spec(groups, axes, unmatched=unmatched, junctions=[STREAM] if is_free else [])
 
 
 def _hold_stream(owners):
@@ -71,11 +73,3 @@ def _attention_groups(config, path):
         kind = "general_linear" if not turns else "rotary" if config.qk_norm == "none" else "rotary_signs"
         yield Group(f"{path}/{group}", units, kind, parent=head, role="qk")
     yield Group(f"{path}/vo", config.head_width, "general_linear", parent=head, role="vo")
-
-
-def _hidden_biases(config, axes):
-    """Key biases that add the same to all scores of a query, to which softmax is blind."""
-    if config.attention_softcap is not None or config.qk_norm != "none":
-        return []
-    blind = "attn/k/plain/bias" if config.num_rotary else "attn/k/bias"
-    return [path for path in axes if path.endswith(blind)]
