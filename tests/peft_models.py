@@ -1,5 +1,6 @@
 """Tiny models of transformers with adapters of PEFT on them, random in every tensor: what adapters are tested on."""
 
+import json
 import warnings
 
 import numpy as np
@@ -7,6 +8,7 @@ from hub_decoders import draw_texts, make_model, outputs_of_oracle
 from hub_models import write_folder
 
 from jaxtune import checkpoint
+from jaxtune.checkpoint import safetensors
 from jaxtune.loading import load
 
 SIZES = {
@@ -129,3 +131,16 @@ def write_moved(folder, stored, params):
     """A base with other weights in the layout of `stored`."""
     checkpoint.save(folder, params, like=stored)
     return folder
+
+
+def change_config(folder, **fields):
+    """Other values in adapter_config.json."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+
+
+def write_tensors(folder, tensors):
+    """Other tensors in adapter_model.safetensors."""
+    tensors = {name: np.array(tensor) for name, tensor in tensors.items()}
+    (folder / "adapter_model.safetensors").unlink()
+    safetensors.make_header(tensors).write(folder / "adapter_model.safetensors", tensors.__getitem__)

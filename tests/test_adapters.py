@@ -5,17 +5,20 @@ import json
 import numpy as np
 import pytest
 from hub_decoders import draw_texts, make_model, run
-from hub_models import assert_close
+from hub_models import assert_close, write_folder
 from peft_models import (
     CASES,
     LLAMA,
+    MIXTRAL,
     adapt,
+    change_config,
     load_base,
     load_with_peft,
     logits_of,
     write_adapted,
     write_case,
     write_moved,
+    write_tensors,
 )
 from small_models import difference
 
@@ -29,6 +32,7 @@ from jaxtune.adapters import (
     write_adapter,
 )
 from jaxtune.adapters.folder import replace_tensors
+from jaxtune.errors import SpecError
 from jaxtune.models import registry
 
 pytest.importorskip("transformers")
@@ -173,3 +177,61 @@ def test_an_adapter_of_a_network_without_its_head_finds_the_tensors_behind_their
         "block_0/attn/q/kernel",
         "block_1/attn/q/kernel",
     }
+
+
+class TestExperts:
+    """Factors of experts one by one, as PEFT wrote them before transformers kept all experts in one tensor."""
+
+    @pytest.fixture
+    def case(self, tmp_path):
+        """(stored base, key table, adapter folder)."""
+        cls, fields = MIXTRAL
+        stored, table = load_base(write_folder(tmp_path / "base", make_model(cls, **fields)))
+        folder = write_adapted(tmp_path / "adapter", adapt(make_model(cls, **fields), r=2, target_modules=["q_proj"]))
+        draw, tensors = np.random.default_rng(0), dict(read_adapter(folder).tensors)
+        for layer in range(2):
+            for expert in range(4):
+                module = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}"
+                for part, (num_in, num_out) in {"w1": (24, 20), "w3": (24, 20), "w2": (20, 24)}.items():
+                    for half, shape in (("A", (2, num_in)), ("B", (num_out, 2))):
+                        noise = draw.normal(size=shape) * 0.3 / np.sqrt(shape[1])
+                        tensors[f"{module}.{part}.lora_{half}.weight"] = noise.astype(np.float32)
+        write_tensors(folder, tensors)
+        change_config(folder, target_modules=["q_proj", "w1", "w2", "w3"])
+        return stored, table, folder
+
+    def test_the_task_vector_is_what_peft_computes(self, case, tmp_path):
+        stored, table, folder = case
+        merged = merge_adapter(read_adapter(folder), table, stored.params)
+        text, mask = draw_texts(37)
+        ours = np.asarray(run(registry.config_from_dict(stored.config), merged, {"text": text, "mask": mask}))
+        assert_close(ours[mask], logits_of(load_with_peft(tmp_path / "base", folder))[mask], 1e-5)
+
+    def test_they_change_places_with_their_experts(self, case, tmp_path, key):
+        stored, table, folder = case
+        expected = logits_of(load_with_peft(tmp_path / "base", folder))
+        spec = registry.symmetry_of(registry.config_from_dict(stored.config))
+        element = symmetry.random(key, spec)
+        target = symmetry.apply(spec, element, stored.params)
+        moved_base = write_moved(tmp_path / "moved", stored, target)
+        moved = move_adapter(
+            read_adapter(folder), table, source=stored.params, target=target, spec=spec, element=element
+        )
+        out = write_adapter(tmp_path / "moved_adapter", moved)
+        _, mask = draw_texts(37)
+        assert_close(logits_of(load_with_peft(moved_base, out))[mask], expected[mask], 1e-4)
+
+    def test_an_expert_without_factors_has_nothing_to_change_places_with(self, case, key):
+        stored, table, folder = case
+        tensors = {
+            name: t for name, t in read_adapter(folder).tensors.items() if "layers.1" not in name or "3.w2" not in name
+        }
+        write_tensors(folder, tensors)
+        spec = registry.symmetry_of(registry.config_from_dict(stored.config))
+        sizes = dict(source=stored.params, target=stored.params, spec=spec, element=symmetry.random(key, spec))
+        with pytest.raises(SpecError, match=r"and model.layers.1.block_sparse_moe.experts.3.w2.weight has none"):
+            move_adapter(read_adapter(folder), table, **sizes)
+        vector = tree.flatten(adapter_task_vector(read_adapter(folder), table, stored.params))
+        change = np.asarray(vector["block_1/mlp/experts/down/kernel"])
+        assert np.any(change[2])
+        assert not np.any(change[3])

@@ -1,24 +1,16 @@
 """Adapters that are no plain LoRA of their base are refused by name."""
 
-import json
-
 import numpy as np
 import pytest
 from hub_decoders import make_model
 from hub_models import write_folder
-from peft_models import LLAMA, TIED, adapt, load_base, write_adapted, write_case
+from peft_models import LLAMA, TIED, adapt, change_config, load_base, write_adapted, write_case, write_tensors
 
 from jaxtune.adapters import adapter_task_vector, read_adapter
-from jaxtune.checkpoint import safetensors
 from jaxtune.errors import CheckpointError, ConfigError, TreeMismatchError
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-
-
-def change_config(folder, **fields):
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}))
 
 
 REFUSED = {
@@ -85,9 +77,7 @@ def test_tensors_that_are_not_understood_are_refused_by_name(change, reason, tmp
     extra = change(short)
     short |= extra if isinstance(extra, dict) else {}
     tensors = {name.replace("PREFIX", prefix): tensor for name, tensor in short.items()}
-    (folder / "adapter_model.safetensors").unlink()
-    header = safetensors.make_header(tensors)
-    header.write(folder / "adapter_model.safetensors", lambda name: np.asarray(tensors[name]))
+    write_tensors(folder, tensors)
     with pytest.raises(CheckpointError, match=reason):
         read_adapter(folder)
 

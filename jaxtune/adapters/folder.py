@@ -70,6 +70,11 @@ class Adapter:
     left_out: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
 
+    @property
+    def rank(self) -> int:
+        """The largest rank of all factors."""
+        return max((len(self.tensors[low.a]) for low in self.low_rank), default=0)
+
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder holds an adapter and not a model."""

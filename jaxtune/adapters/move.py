@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxtune.adapters.binding import Matrix, Whole, bind, group_rows, is_stacked, sides_of
 from jaxtune.adapters.dense import row_change
+from jaxtune.adapters.folded import Gains
 from jaxtune.adapters.folder import Adapter, replace_tensors
 from jaxtune.errors import SpecError
 from jaxtune.models.keys import KeyTable, Row
@@ -27,6 +28,7 @@ def move_adapter(
     target: Params,
     spec: Spec | None = None,
     element: Mapping[str, Any] | None = None,
+    folded: Spec | None = None,
     scale: float = 1.0,
     base: str | None = None,
 ) -> Adapter:
@@ -40,6 +42,9 @@ def move_adapter(
         table: The key table of `source`.
         source, target: Our trees of the old and the new base; values are read only where a tensor is replaced.
         spec, element: What moves weights of `source` to `target`; None leaves the change as it is.
+        folded: Spec of the networks themselves where `spec` and `element` are those of their folded weights
+            (`symmetry.canonical`), as transport method `full` finds them. Then the factor on the input side takes in
+            the gain of the source's norm and gives off the target's. Networks with RMS norms only.
         scale: Factor of the change; goes into B.
         base: Path or name of the target, for adapter_config.json.
 
@@ -48,42 +53,63 @@ def move_adapter(
 
     Raises:
         TreeMismatchError: the adapter does not fit its base, or the bases differ in a path or a shape.
-        SpecError: the element does not fit; or it moves what shares one factor (the parts of a fused matrix, experts
-            stored one by one) apart.
+        SpecError: the element does not fit; it moves what shares one factor (the parts of a fused matrix, experts
+            stored one by one) apart; or weights are folded and the change would not be one of factors alone.
     """
     check_same({"source": source, "target": target})
     if (spec is None) != (element is None):
         raise TypeError("pass spec and element, or none of them.")
     if spec is not None:
-        spec.check(source)
+        if folded is None:
+            spec.check(source)
         elements.check(spec, element)
     moved: dict[str, np.ndarray] = {}
     ours, theirs = flatten(source), flatten(target)
-    for row, matrices, wholes in group_rows(*bind(adapter, table, source)):
-        if matrices and is_stacked(row) and element is not None:
-            raise SpecError(
-                f"{matrices[0].name} is one of {len(row.names)} experts that change places, and its factors would have "
-                "to change names. Ask for full weights."
+    gains = None if folded is None else Gains(folded, ours, theirs)
+    every, replaced = bind(adapter, table, source)
+    if gains is not None:
+        gains.check(every, [whole.name for whole in replaced if _is_changed(adapter, whole, ours)])
+    for row, matrices, wholes in group_rows(every, replaced):
+        if element is None or not is_stacked(row):
+            for matrix in matrices:
+                moved |= _move_factors(adapter, [matrix], spec, element, gains, scale)
+        elif matrices:
+            _check_experts(adapter, row, matrices)
+            moved |= _move_factors(
+                adapter, sorted(matrices, key=lambda m: row.names.index(m.name)), spec, element, scale
             )
-        for matrix in matrices:
-            moved |= _move_factors(adapter, matrix, spec, element, scale)
         if wholes:
-            moved |= _move_wholes(adapter, row, wholes, spec, element, scale, ours, theirs)
+            moves = None if gains is not None else element  # then nothing changes that would have to move
+            moved |= _move_wholes(adapter, row, wholes, spec, moves, scale, ours, theirs)
     return replace_tensors(adapter, moved, base=base)
 
 
-def _move_factors(adapter, matrix: Matrix, spec, element, scale) -> dict[str, np.ndarray]:
-    """Names in the file -> moved factors of one matrix and of those tied to it."""
-    low = matrix.low_rank
-    a, b = (_wide(adapter.tensors[name]) for name in (low.a, low.b))
+def _move_factors(adapter, matrices: list[Matrix], spec, element, gains, scale) -> dict[str, np.ndarray]:
+    """Names in the file -> moved factors of one matrix and of those tied to it, or of all matrices of one stacked leaf.
+
+    Shapes:
+        of one factor while it moves: float[matrix, long, rank].
+    """
+    first, is_many = matrices[0], is_stacked(matrices[0].row)
+    a, b = (np.stack([_wide(adapter.tensors[getattr(matrix.low_rank, half)]) for matrix in matrices]) for half in "ab")
+    a = np.swapaxes(a, 1, 2)
     if element is not None:
         inputs, outputs = [], np.full(b.shape, np.nan, b.dtype)
-        for path in matrix.row.leaves:
-            ndim = len(spec.axes[path])
-            for side, factor in zip(sides_of(matrix, path), (a.T, b), strict=True):
-                still = tuple(axis for axis in range(ndim) if axis not in side.axes)
-                leaf = elements.apply_to_leaf(spec, element, path, side.view(factor, ndim), skip_axes=still)
-                back = side.unview(leaf, len(factor))
+        for path in first.row.leaves:
+            for side, factor in zip(sides_of(first, path), (a, b), strict=True):
+                ndim = len(spec.axes[path]) - is_many
+                views = np.stack([side.view(one, ndim) for one in factor])
+                still = tuple(n for n in range(ndim) if n not in side.axes)
+                if is_many:  # the matrices change places with the first axis of their leaf
+                    still = tuple(n + 1 for n in still)
+                else:
+                    views = views[0]
+                has_gain = gains is not None and factor is a
+                views = gains.multiply(path, views) if has_gain else views
+                views = elements.apply_to_leaf(spec, element, path, views, skip_axes=still)
+                views = gains.divide(path, views) if has_gain else views
+                views = views if is_many else views[None]
+                back = np.stack([side.unview(view, factor.shape[1]) for view in views])
                 if factor is b:
                     outputs = np.where(np.isnan(outputs), back, outputs)
                 else:
@@ -91,15 +117,35 @@ def _move_factors(adapter, matrix: Matrix, spec, element, scale) -> dict[str, np
         for other in inputs[1:]:
             if np.abs(other - inputs[0]).max() > SHARED_TOLERANCE * np.abs(inputs[0]).max():
                 raise SpecError(
-                    f"{', '.join(matrix.row.leaves)}, parts of {matrix.name}, share one factor and would move apart. "
+                    f"{', '.join(first.row.leaves)}, parts of {first.name}, share one factor and would move apart. "
                     "Ask for full weights."
                 )
-        a, b = inputs[0].T, outputs
+        a, b = inputs[0], outputs
     b = b * np.asarray(scale, b.dtype)
-    result = {low.a: a, low.b: b}
-    for copy in matrix.copies:
-        result |= {copy.a: b.T, copy.b: a.T}
+    result = {}
+    for matrix, one_a, one_b in zip(matrices, a, b, strict=True):
+        result |= {matrix.low_rank.a: one_a.T, matrix.low_rank.b: one_b}
+        for copy in matrix.copies:
+            result |= {copy.a: one_b.T, copy.b: one_a}
     return result
+
+
+def _is_changed(adapter, whole: Whole, leaves) -> bool:
+    """Whether the adapter brings other values than the base has: a copy of a table it does not."""
+    own = whole.row.encode({path: np.asarray(leaves[path]) for path in whole.row.leaves})[whole.name]
+    return not np.array_equal(adapter.tensors[whole.tensor].astype(np.float64), own.astype(np.float64))
+
+
+def _check_experts(adapter, row: Row, matrices: list[Matrix]):
+    """Experts that change places need factors of one rank and one scale."""
+    lacking = sorted(set(row.names) - {matrix.name for matrix in matrices})
+    looks = {(len(adapter.tensors[matrix.low_rank.a]), matrix.low_rank.scale) for matrix in matrices}
+    if lacking or len(looks) > 1:
+        reason = f"{lacking[0]} has none" if lacking else "they differ in rank or scale"
+        raise SpecError(
+            f"{matrices[0].name} has factors that change places with those of {len(row.names) - 1} other experts, "
+            f"and {reason}. Ask for full weights."
+        )
 
 
 def _move_wholes(
