@@ -18,6 +18,7 @@ from jaxtune.align.evidence import MatchEvidence, judge_match
 from jaxtune.align.registry import METHODS as ALIGN_METHODS
 from jaxtune.align.registry import find_element
 from jaxtune.align.weights import match_weights
+from jaxtune.checkpoint import Checkpoint
 from jaxtune.data.source import open_source
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
@@ -25,7 +26,8 @@ from jaxtune.evaluate.equivalence import Equivalence
 from jaxtune.evaluate.exactness import verify_element
 from jaxtune.evaluate.example import apply_to_matrix, example_batch
 from jaxtune.interpolate.line import interpolate_linear
-from jaxtune.loading import Model, load, open_models, share_vocabulary
+from jaxtune.lazy import is_lazy
+from jaxtune.loading import Model, load, network_of, open_models, share_vocabulary
 from jaxtune.models import registry
 from jaxtune.rng import named_key
 from jaxtune.symmetry import Spec
@@ -36,6 +38,7 @@ from jaxtune.transport.registry import prepare_transport
 from jaxtune.tree import check_finite, flatten
 
 EXAMPLES = 32  # inputs of the equivalence check
+FEW_EXAMPLES = 4  # of networks that are read part by part, whose outputs alone can take gigabytes
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def align(
 
     Args:
         source: What moves.
-        target: What stays.
+        target: What stays; of checkpoints the vocabulary may differ (`transport.vocabulary`).
         config: Architecture of bare trees: a model config or its dict.
         spec: A ready symmetry instead of a config.
         method: A key of `jaxtune.align.registry.METHODS`.
@@ -111,8 +114,13 @@ def align(
         InexactElementError: the family declares the element exact and outputs say otherwise.
         JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
     """
-    models, config = open_models({"source": source, "target": target}, config)
-    source, target = models["source"], models["target"]
+    opened = {"source": source, "target": target}
+    opened = {name: load(model) if isinstance(model, str | Path) else model for name, model in opened.items()}
+    models, config = open_models(opened, config, roles_with_own_words=("source",))
+    whole = models["source"]
+    own_config = network_of(opened["source"]) if isinstance(opened["source"], Checkpoint) else config
+    models, words = share_vocabulary(opened, models, config)
+    source, target = models.values()
     symmetry_of = _symmetry(config, spec)
     if method not in ALIGN_METHODS:
         raise unknown_name("align method", method, ALIGN_METHODS)
@@ -120,8 +128,8 @@ def align(
     spec = symmetry_of(**spec_options)
     key = jax.random.key(seed)
     found = find_element(named_key(key, "align"), spec, target, source, method=method, **options)
-    moved = symmetry.apply(spec, found.element, source)
-    info = {
+    moved = symmetry.apply(spec, found.element, whole)
+    info = words | {
         name: getattr(found, name)
         for name in ("is_converged", "num_sweeps", "start", "objectives", "reached_inside")
         if hasattr(found, name)
@@ -131,7 +139,7 @@ def align(
         spec=spec,
         params=moved,
         evidence=judge_match(named_key(key, "evidence"), spec, target, source, found.element),
-        equivalence=_equivalence(key, config, spec, found.element, source) if verify else None,
+        equivalence=_equivalence(key, own_config, spec, found.element, whole) if verify else None,
         info=info,
     )
 
@@ -172,7 +180,9 @@ def transport(
     opened = {"source": source, "finetuned": finetuned, "target": target}
     opened = {name: load(model) if isinstance(model, str | Path) else model for name, model in opened.items()}
     models, config = open_models(opened, config, roles_with_own_words=("source", "finetuned"))
-    source, finetuned, target, anchor, words = share_vocabulary(opened, models, config)
+    target = models["target"]
+    models, words = share_vocabulary(opened, models, config)
+    source, finetuned, anchor = models.values()
     if method not in TRANSPORT_METHODS:
         raise unknown_name("transport method", method, TRANSPORT_METHODS)
     needs_symmetry = config is not None or spec is not None
@@ -260,7 +270,8 @@ def _equivalence(key, config, spec, element, source, fold=lambda params: params,
     """Source against moved source on example inputs; `fold` and `realise` as in `Prepared`."""
     if config is None:
         return None
-    batch = example_batch(named_key(key, "examples"), config, EXAMPLES)
+    num_examples = FEW_EXAMPLES if any(map(is_lazy, flatten(source).values())) else EXAMPLES
+    batch = example_batch(named_key(key, "examples"), config, num_examples)
 
     def move(element, params):
         return realise(symmetry.apply(spec, element, fold(params)), params)

@@ -143,37 +143,30 @@ def check_same_architecture(models: Mapping[str, Checkpoint], *, roles_with_own_
 
 def share_vocabulary(
     models: Mapping[str, Model], trees: Mapping[str, Params], config: Any
-) -> tuple[Params, Params, Params, Params, dict[str, Any]]:
-    """Old base, fine-tune and new base over the new base's vocabulary.
+) -> tuple[dict[str, Params], dict[str, Any]]:
+    """Networks over the vocabulary of the last one, the target.
 
     Args:
-        models: "source", "finetuned" and "target", checkpoints or bare trees.
+        models: Role -> checkpoint or bare tree; bare trees are left as they are.
         trees: Their parameters.
         config: Of the target.
 
     Returns:
-        Source and fine-tune with the target's rows, zero where a token is not known to both; the target as it is; the
-        target to match against, whose rows are zero where the source's are; and what to report.
+        Role -> parameters with the target's rows; a row that is not known to all is zero in all of them, also in the
+        target, which is to be matched against and not written. And what to report; nothing where no row moved.
     """
-    source, finetuned, target = (trees[role] for role in ("source", "finetuned", "target"))
-    if not all(isinstance(model, Checkpoint) for model in models.values()):
-        return source, finetuned, target, target, {}
-    axes = registry.vocabulary_axes(config)
+    *movers, last = models
+    axes = registry.vocabulary_axes(config) if all(isinstance(m, Checkpoint) for m in models.values()) else {}
     if not axes:
-        return source, finetuned, target, target, {}
+        return dict(trees), {}
     tokens = {role: read_tokens(model.side_files) for role, model in models.items()}
     sizes = {role: registry.vocabulary_size(network_of(model)) for role, model in models.items()}
-    maps = {
-        role: map_rows(tokens[role], sizes[role], tokens["target"], sizes["target"]) for role in ("source", "finetuned")
-    }
+    maps = {role: map_rows(tokens[role], sizes[role], tokens[last], sizes[last]) for role in movers}
     if all(one.is_identity for one in maps.values()):
-        return source, finetuned, target, target, {}
-    # A row that only one of the two has says nothing about what fine-tuning did.
-    shared = (maps["source"].rows >= 0) & (maps["finetuned"].rows >= 0)
-    source, finetuned = (
-        take_rows(trees[role], axes, np.where(shared, maps[role].rows, -1)) for role in ("source", "finetuned")
-    )
-    anchor = take_rows(target, axes, np.where(shared, np.arange(len(shared)), -1))
+        return dict(trees), {}
+    # A row that only one of them has says nothing about how the others differ.
+    shared = np.logical_and.reduce([one.rows >= 0 for one in maps.values()])
+    rows = {role: one.rows for role, one in maps.items()} | {last: np.arange(len(shared))}
     words = {
         "vocabulary": {
             "matched": {role: one.statement for role, one in maps.items()},
@@ -182,7 +175,7 @@ def share_vocabulary(
             "num_rows_lost": {role: one.num_lost for role, one in maps.items()},
         }
     }
-    return source, finetuned, target, anchor, words
+    return {role: take_rows(trees[role], axes, np.where(shared, rows[role], -1)) for role in models}, words
 
 
 def _without(tree, axes):

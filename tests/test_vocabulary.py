@@ -143,3 +143,21 @@ def test_other_differences_are_refused_as_before(tmp_path):
     jt.save(tmp_path / "new", params, config=registry.config_to_dict(config))
     with pytest.raises(ConfigError, match="mlp_width: source 24, target 32"):
         jt.transport(old, tuned, jt.load(tmp_path / "new"))
+
+
+def test_an_alignment_moves_the_whole_source_by_the_rows_that_are_shared(tmp_path):
+    old = write_model(tmp_path / "old", 0, WORDS)
+    spec = registry.symmetry_of(registry.config_from_dict(old.config))
+    element = jt.symmetry.random(jax.random.key(4), spec)
+    tokens = WORDS[::-1][:6]
+    new = write_model(tmp_path / "new", 2, tokens)
+    rows = np.array([WORDS.index(token) for token in tokens])
+    axes = {"embed/token": 0, "head/kernel": 1}
+    jt.save(tmp_path / "target", take_rows(jt.symmetry.apply(spec, element, old.params), axes, rows), like=new)
+    found = jt.align(old, tmp_path / "target")
+    assert found.equivalence.is_exact
+    assert found.info["vocabulary"]["num_shared_rows"] == 6
+    assert found.params["embed"]["token"].shape == (8, 16)
+    np.testing.assert_allclose(
+        take_rows(found.params, axes, rows)["embed"]["token"], jt.load(tmp_path / "target").params["embed"]["token"]
+    )

@@ -15,6 +15,7 @@ from jaxtune.align.heads import head_leaves, spectral_scores
 from jaxtune.align.products import slot_scores
 from jaxtune.align.tables import UnitTable, check_orders
 from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.lazy import ReadOnUse
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
 from jaxtune.symmetry.spec import Spec
@@ -101,7 +102,7 @@ def match_transfusion(
     check_finite("target", target)
     check_finite("source", source)
     check_orders(spec)
-    target, source = flatten(target), flatten(source)
+    target, source = ReadOnUse(flatten(target)), ReadOnUse(flatten(source))
     search = _Search(spec, target, source, include_output_spectrum=include_output_spectrum)
     element, phase, num_sweeps, reached_inside = elements.identity(spec), "heads", 0, False
     if repair_start:
