@@ -7,7 +7,7 @@ fine-tune must then give a folder whose outputs in transformers are those of the
 import jax
 import numpy as np
 import pytest
-from hub_models import randomise
+from hub_models import MODELS, make_model
 
 import jaxtune as jt
 from jaxtune import symmetry
@@ -17,92 +17,8 @@ from jaxtune.rng import named_key
 
 pytest.importorskip("transformers")
 
-DECODER = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-OLD_DECODER = {key: DECODER[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-ENCODER = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 40,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
-    "patch_size": 4,
-}  # fmt: skip
-TEXT = {"vocab_size": 96, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-# Family -> class of transformers, fields of its config.
-MODELS = {
-    "llama": ("LlamaForCausalLM", DECODER),
-    "mistral": ("MistralForCausalLM", DECODER | {"sliding_window": 5}),
-    "qwen2": ("Qwen2ForCausalLM", {k: v for k, v in DECODER.items() if k != "head_dim"}),
-    "qwen3": ("Qwen3ForCausalLM", DECODER),
-    "gemma2": ("Gemma2ForCausalLM", DECODER),
-    "gemma3": ("Gemma3ForCausalLM", DECODER),
-    "phi3": ("Phi3ForCausalLM", {k: v for k, v in DECODER.items() if k != "head_dim"}),
-    "gpt2": ("GPT2LMHeadModel", OLD_DECODER | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "gpt_neox": (
-        "GPTNeoXForCausalLM",
-        {k: v for k, v in DECODER.items() if k not in ("num_key_value_heads", "head_dim")} | {"rotary_pct": 0.5},
-    ),
-    "opt": (
-        "OPTForCausalLM",
-        OLD_DECODER
-        | {"hidden_size": 48, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"max_position_embeddings": 64, "word_embed_proj_dim": 48},
-    ),
-    "mixtral": ("MixtralForCausalLM", DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": (
-        "Qwen3MoeForCausalLM",
-        DECODER | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "decoder_sparse_step": 1},
-    ),
-    "bert": ("BertForSequenceClassification", ENCODER | {"num_labels": 5}),
-    "roberta": ("RobertaForSequenceClassification", ENCODER | {"num_labels": 5}),
-    "distilbert": (
-        "DistilBertForSequenceClassification",
-        {"vocab_size": 96, "dim": 48, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 40}
-        | {"num_labels": 5},
-    ),
-    "vit": ("ViTForImageClassification", VISION | {"num_labels": 5}),
-    "deit": ("DeiTForImageClassification", VISION | {"num_labels": 5}),
-    "dinov2": ("Dinov2ForImageClassification", VISION | {"num_labels": 5}),
-    "clip": (
-        "CLIPModel",
-        {"vision_config": VISION, "text_config": TEXT | {"max_position_embeddings": 20}, "projection_dim": 32},
-    ),
-    "siglip": (
-        "SiglipModel",
-        {"vision_config": VISION, "text_config": TEXT | {"hidden_size": 48, "max_position_embeddings": 20}},
-    ),
-    "t5": (
-        "T5ForConditionalGeneration",
-        {"vocab_size": 96, "d_model": 48, "d_kv": 12, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2}
-        | {
-            "num_heads": 4,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-            "decoder_start_token_id": 0,
-        },
-    ),
-    "resnet": (
-        "ResNetForImageClassification",
-        {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "num_labels": 5},
-    ),
-}
 # The softest units of a small random network, which noise of a fine-tune's size already moves.
 TOLERANCE = 1e-3
-
-
-def build(name, seed):
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    made, fields = MODELS[name]
-    made = getattr(transformers, made)
-    return randomise(made(made.config_class(**fields)), seed)
 
 
 def write(folder, model):
@@ -153,7 +69,7 @@ def move(folder, out, element, spec):
 def test_a_planted_base_takes_the_fine_tune_whole(name, tmp_path):
     import torch
 
-    model = build(name, 0)
+    model = make_model(name, seed=0)
     old = write(tmp_path / "old", model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
