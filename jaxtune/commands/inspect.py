@@ -105,8 +105,8 @@ def _as_text(facts):
     if facts["symmetry"]:
         columns = {"group": "group", "kind": "kind", "role": "role", "size": "size", "inside": "inside"}
         parts.append(render_table(columns, _merge(facts["symmetry"])))
-        form = "has" if facts["has_canonical_form"] else "has no"
-        parts.append(f"The family {form} canonical form: `full` {'works' if form == 'has' else 'is refused'} here.")
+        form, full = ("a", "works") if facts["has_canonical_form"] else ("no", "is refused")
+        parts.append(f"The network has {form} canonical form: `full` {full} here.")
     if facts["not_understood"]:
         parts.append(f"Not understood: {facts['not_understood']}")
     return "\n\n".join(parts)
