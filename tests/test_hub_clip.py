@@ -1,5 +1,6 @@
 """CLIP as transformers stores it, both towers and each alone; the oracle is transformers itself."""
 
+import copy
 import json
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_position_ids_are_carried_and_older_names_are_read(tmp_path):
 def test_two_dicts_of_one_tower_as_older_files_have_them():
     """The second wins, with its defaults; as in transformers."""
     legacy = {**BOTH, "text_config_dict": {"hidden_size": 32, "vocab_size": 31}}
-    theirs = transformers.CLIPConfig(**legacy).text_config
+    theirs = transformers.CLIPConfig(**copy.deepcopy(legacy)).text_config  # which writes into what it is given
     text = registry.config_from_dict({"model_type": "clip", **legacy}).text
     assert (text.width, text.mlp_width, text.context_length, text.end_id) == (
         theirs.hidden_size, theirs.intermediate_size, theirs.max_position_embeddings, theirs.eos_token_id

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jaxtune.errors import SpecError
+from jaxtune.symmetry.form import Form
 from jaxtune.symmetry.groups import Group
 from jaxtune.symmetry.kinds import kind_of
 from jaxtune.tree import MAX_LINES, flatten
@@ -42,60 +43,6 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """A kernel that reads the stream with its first axis, and its bias (None without one)."""
-
-    kernel: str
-    bias: str | None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A layer norm's gain and offset, and everything that reads its output."""
-
-    scale: str
-    bias: str
-    readers: tuple[Reader, ...]
-
-
-@dataclass(frozen=True)
-class EntryNorm:
-    """A norm whose output *is* the stream (CLIP's `ln_pre`), and what writes its input."""
-
-    scale: str
-    bias: str
-    writers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Leaves of one attention whose biases hide: the value bias acts as an output bias, the key bias not at all."""
-
-    v_kernel: str
-    v_bias: str
-    k_bias: str
-    out_kernel: str
-    out_bias: str
-
-
-@dataclass(frozen=True)
-class Form:
-    """Where a pre-LN transformer keeps what `symmetry.canonical` folds.
-
-    Attributes:
-        norms: Norms between the stream and its readers.
-        attentions: Every attention.
-        writers: Leaves that write the stream, or the input of an entry norm, with their last axis.
-        entries: Norms at the stream's beginning.
-    """
-
-    norms: tuple[Norm, ...]
-    attentions: tuple[Attention, ...]
-    writers: tuple[str, ...]
-    entries: tuple[EntryNorm, ...] = ()
-
-
-@dataclass(frozen=True)
 class Spec:
     """The declared symmetry of one architecture.
 
@@ -108,7 +55,8 @@ class Spec:
         junctions: Names of the stream groups from the first to the last. One name: one order for the
             whole stack, an exact symmetry. Several: one order per junction (TransFusion), exact only
             for a network with explicit shortcut matrices.
-        form: Where the norms are that `symmetry.canonical` folds; None for a network that is not pre-LN.
+        form: Where the norms are that `symmetry.canonical` folds; None where they cannot be folded.
+        no_form: Why not, in words that follow "this network has no canonical form: ".
     """
 
     groups: Mapping[str, Group]
@@ -117,6 +65,7 @@ class Spec:
     nonnegative: frozenset[str] = frozenset()
     junctions: tuple[str, ...] = ()
     form: Form | None = None
+    no_form: str | None = None
     _leaves_of: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict, repr=False)
 
     @property
@@ -177,6 +126,7 @@ def make_spec(
     nonnegative: Iterable[str] = (),
     junctions: Iterable[str] = (),
     form: Form | None = None,
+    no_form: str | None = None,
 ) -> Spec:
     """Builds a spec from a table of axis owners and checks it against itself.
 
@@ -184,7 +134,7 @@ def make_spec(
         groups: Every group, parents before children or after.
         axes: Path -> owner of each axis; a trailing "*" marks the dual side, "~" an axis that the order alone
             moves, None a fixed axis.
-        unmatched, nonnegative, junctions, form: As in `Spec`.
+        unmatched, nonnegative, junctions, form, no_form: As in `Spec`.
 
     Raises:
         SpecError: an owner that is no group, a group that owns nothing, a unit inside a head on a leaf
@@ -235,6 +185,7 @@ def make_spec(
         nonnegative=frozenset(nonnegative),
         junctions=tuple(junctions),
         form=form,
+        no_form=no_form,
         _leaves_of={name: tuple(pairs) for name, pairs in owned.items()},
     )
 
