@@ -1,5 +1,7 @@
 """The whole symmetry group: rotations of the stream, invertible maps inside heads, orders of heads and units."""
 
+import functools
+
 import numpy as np
 
 from jaxtune.align.weights import match_weights
@@ -80,7 +82,7 @@ def prepare_full(
         change, factors = weigh_by_trust(
             folded_spec, result.element, change, folded["target"], folded["source"], trust=trust
         )
-        moved = canonical.unfold(spec, change, target)
+        moved = canonical.unfold(spec, change, target, dtype=dtype)
         return map_leaves(lambda _, leaf: leaf.astype(_narrow(leaf)), moved.task_vector), moved.lost, factors
 
     moved, lost, factors = move(finetuned)
@@ -89,8 +91,8 @@ def prepare_full(
         spec=folded_spec,
         element=result.element,
         fold=lambda params: canonical.fold(spec, params),
-        # A folded entry norm is a matrix, for which a network of the family has no place.
-        realise=None if spec.form.entries else lambda params, like: canonical.realise(spec, params, like),
+        # A folded entry norm is a matrix and a tied table two leaves, for which a network of the family has no place.
+        realise=functools.partial(canonical.realise, spec) if canonical.can_realise(spec.form) else None,
         info={
             "is_converged": result.is_converged,
             "num_sweeps": result.num_sweeps,

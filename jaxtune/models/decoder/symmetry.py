@@ -4,6 +4,7 @@ from typing import Literal
 
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.models.decoder.config import Config
+from jaxtune.models.decoder.form import declare_form, why_no_form
 from jaxtune.models.decoder.leaves import STREAM, list_leaves, qk_parts
 from jaxtune.models.experts import declare_experts
 from jaxtune.symmetry import Group, Spec, make_spec
@@ -55,8 +56,14 @@ def symmetry(config: Config, *, scales: Literal["fixed", "free"] = "fixed") -> S
         else:
             more, rows = declare_experts(experts, f"block_{index}/mlp", width_owner=stream)
             groups, axes = [*groups, *more], {**axes, **rows}
-    unmatched = [leaf.path for leaf in leaves if leaf.is_unmatched]
-    return make_spec(groups, axes, unmatched=unmatched, junctions=[STREAM] if is_free else [])
+    return make_spec(
+        groups,
+        axes,
+        unmatched=[leaf.path for leaf in leaves if leaf.is_unmatched],
+        junctions=[STREAM] if is_free else [],
+        form=declare_form(config),
+        no_form=why_no_form(config),
+    )
 
 
 def _hold_stream(owners):
