@@ -34,6 +34,7 @@ from jaxtune.adapters import (
 from jaxtune.adapters.folder import replace_tensors
 from jaxtune.errors import SpecError
 from jaxtune.models import registry
+from jaxtune.symmetry import canonical
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -220,6 +221,19 @@ class TestExperts:
         out = write_adapter(tmp_path / "moved_adapter", moved)
         _, mask = draw_texts(37)
         assert_close(logits_of(load_with_peft(moved_base, out))[mask], expected[mask], 1e-4)
+
+    def test_they_take_in_the_gain_of_their_norm_with_folded_weights(self, case, key):
+        stored, table, folder = case
+        adapter, spec = read_adapter(folder), registry.symmetry_of(registry.config_from_dict(stored.config))
+        folded = canonical.canonical_spec(spec)
+        element = symmetry.random(key, folded)
+        sizes = dict(source=stored.params, target=stored.params, spec=folded, element=element, folded=spec)
+        moved = tree.flatten(adapter_task_vector(move_adapter(adapter, table, **sizes), table, stored.params))
+        tuned = merge_adapter(adapter, table, tree.map_leaves(lambda _, x: np.asarray(x, np.float64), stored.params))
+        change = tree.task_vector(*(canonical.fold(spec, params) for params in (stored.params, tuned)))
+        wanted = canonical.unfold(spec, symmetry.apply(folded, element, change), stored.params).task_vector
+        for path, leaf in tree.flatten(wanted).items():
+            np.testing.assert_allclose(np.asarray(moved[path]), leaf, atol=1e-5, err_msg=path)
 
     def test_an_expert_without_factors_has_nothing_to_change_places_with(self, case, key):
         stored, table, folder = case

@@ -75,9 +75,8 @@ def move_adapter(
                 moved |= _move_factors(adapter, [matrix], spec, element, gains, scale)
         elif matrices:
             _check_experts(adapter, row, matrices)
-            moved |= _move_factors(
-                adapter, sorted(matrices, key=lambda m: row.names.index(m.name)), spec, element, scale
-            )
+            in_order = sorted(matrices, key=lambda matrix: row.names.index(matrix.name))
+            moved |= _move_factors(adapter, in_order, spec, element, gains, scale)
         if wholes:
             moves = None if gains is not None else element  # then nothing changes that would have to move
             moved |= _move_wholes(adapter, row, wholes, spec, moves, scale, ours, theirs)
