@@ -684,7 +684,9 @@ def test_files_and_folders_are_recognised_and_hashed(tmp_path, name, written):
         assert found.config == {"model_type": "x"}
         assert found.layout.num_bytes == 24
         digest = hashlib.sha256(GOOD).hexdigest()
-        assert checkpoint.describe_checkpoint(found)["sha256"][name] == digest
+        described = checkpoint.describe_checkpoint(found)
+        assert described["sha256"][name] == digest
+        assert described["left_out"][name].endswith(f"are stored as {written}")
         out = checkpoint.save(tmp_path / f"out{path == folder}", found.params, like=found)
         assert set(os.listdir(out)) == {"config.json", "manifest.json", written}
     assert checkpoint.load(folder).left_out["optimizer.pt"] == "weights that are not part of this checkpoint"

@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import torch_files
 
 import jaxtune as jt
 from jaxtune import symmetry, tree
@@ -102,6 +103,29 @@ def test_every_method_publishes_the_targets_layout_and_repeats_itself(method, mo
     assert all((tmp_path / "first" / n).read_bytes() == (tmp_path / "second" / n).read_bytes() for n in names)
     moved = tree.task_vector(target.params, first.params)
     assert any(np.abs(leaf).max() > 1e-4 for leaf in tree.flatten(moved).values())
+
+
+def test_a_base_stored_by_torch_comes_back_as_safetensors(models, run, tmp_path):
+    """The same as from safetensors, and said; here written without torch."""
+    leaves = tree.flatten(jt.load(models["other"]).params)
+    opcodes, storages = {}, {}
+    for key, (path, leaf) in enumerate(leaves.items()):
+        strides = np.array(leaf.strides) // leaf.itemsize
+        opcodes[path] = torch_files.tensor(leaf.shape, map(int, strides), key=str(key), count=leaf.size)
+        storages[str(key)] = leaf.tobytes()
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "pytorch_model.bin").write_bytes(torch_files.archive(torch_files.state(**opcodes), storages))
+    shutil.copy(f"{models['other']}/config.json", folder)
+    code, out, err = run(*transport(models, tmp_path / "out", target=folder))
+    assert code == 0, err
+    assert "stored as pickles, which are never written" in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "stored as model.safetensors" in report["inputs"]["target"]["left_out"]["pytorch_model.bin"]
+    assert run(*transport(models, tmp_path / "plain"))[0] == 0
+    carried, wanted = (tree.flatten(jt.load(tmp_path / name).params) for name in ("out", "plain"))
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(carried[path], leaf)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "npz", "orbax"])

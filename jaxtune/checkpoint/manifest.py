@@ -53,12 +53,17 @@ def write_manifest(
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Path, format and hashes, for the manifest and the report alike: the files are read once.
+    """Path, format, hashes and what is left out, for the manifest and the report alike: the files are read once.
 
     Raises:
         CheckpointError: a file can no longer be read.
     """
-    return {"path": str(checkpoint.path), "format": checkpoint.format, "sha256": hash_checkpoint(checkpoint)}
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "sha256": hash_checkpoint(checkpoint),
+        "left_out": checkpoint.left_out,
+    }
 
 
 def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
@@ -80,7 +85,7 @@ def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
             places |= {f"{file.name}/{name}": root / name for name in list_files(root)}
         else:
             places[file.name] = path / file.name if path.is_dir() else path
-    hashes = {name: _hash_file(place) for name, place in places.items()}
+    hashes = {name: hash_file(place) for name, place in places.items()}
     for name, data in ((layout.config_name, layout.config), (INDEX_NAME, layout.index)):
         if data is not None and not (checkpoint.read_from and name == INDEX_NAME):
             hashes[name] = hashlib.sha256(data).hexdigest()
@@ -171,7 +176,7 @@ def _find_device():
     return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
 
 
-def _hash_file(path):
+def hash_file(path):
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
