@@ -103,9 +103,10 @@ def test_illegal_elements_are_seen(gated):
     check_illegal_sign(*gated, "block_0/mlp/hidden", marks)
 
 
-def test_layer_scale_has_no_folded_form_and_says_so(gated):
-    with pytest.raises(SpecError, match="declares no canonical form"):
-        canonical.canonical_spec(registry.symmetry_of(gated[0]))
+def test_features_that_come_out_have_no_folded_form_and_say_so(tmp_path):
+    config, _ = open_model(make("bare", tmp_path)[1])
+    with pytest.raises(SpecError, match="no canonical form: the features behind its last norm are what comes out"):
+        canonical.canonical_spec(registry.symmetry_of(config))
 
 
 def test_tensors_that_are_not_the_familys_are_named(tmp_path):

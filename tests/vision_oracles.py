@@ -71,7 +71,7 @@ def import_oracle(name):
     for needed in ("torch", "transformers"):
         pytest.importorskip(needed)
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
     with _stand_in(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(name)

@@ -258,6 +258,7 @@ def symmetry(config: Config, *, junctions: Junctions = "shared", inside: Inside 
         unmatched=[*vision.unmatched, *text.unmatched],
         junctions=vision.junctions,
         form=None if None in forms else join_forms(*forms),
+        no_form=vit.why_no_form(config.vision),
     )
 
 

@@ -9,7 +9,7 @@ import jax
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.models.clip import TextConfig, read_text
 from jaxtune.models.config import check_fields
-from jaxtune.models.text_tower import declare_text, declare_text_form, example_text, init_text
+from jaxtune.models.text_tower import declare_text, declare_text_form, example_text, init_text, why_no_form
 from jaxtune.models.transformer_symmetry import Inside, Junctions
 from jaxtune.symmetry import Spec, make_spec
 from jaxtune.types import Params
@@ -71,4 +71,5 @@ def symmetry(config: Config, *, junctions: Junctions = "shared", inside: Inside 
         unmatched=stack.unmatched,
         junctions=stack.junctions,
         form=declare_text_form(config.text, prefix=""),
+        no_form=why_no_form(config.text),
     )

@@ -84,9 +84,16 @@ def declare_text(config: "TextConfig", *, prefix: str, junctions: Junctions, ins
     return stack
 
 
-def declare_text_form(config: "TextConfig", *, prefix: str) -> Form | None:
-    """Where the norms are; None where the features come out, which no reader can take a gain from."""
+def why_no_form(config: "TextConfig") -> str | None:
+    """Why the norms of the tower cannot be folded; None where they can."""
     if config.head == "none":
+        return "the features behind its last norm are what comes out, and no reader could take that norm's gain"
+    return None
+
+
+def declare_text_form(config: "TextConfig", *, prefix: str) -> Form | None:
+    """Where the norms are; None where `why_no_form` says why not."""
+    if why_no_form(config) is not None:
         return None
     return declare_form(
         config,

@@ -15,7 +15,7 @@ from jaxtune.models.config import check_fields
 from jaxtune.models.inputs import at_least_float32, draw_images, image_of, open_params
 from jaxtune.models.transformer import Activation, AttentionPool, Block, LayerNorm, check_heads
 from jaxtune.models.transformer_symmetry import Inside, Junctions
-from jaxtune.models.vit_symmetry import declare_tower, declare_tower_form
+from jaxtune.models.vit_symmetry import declare_tower, declare_tower_form, why_no_form
 from jaxtune.rng import named_key
 from jaxtune.symmetry import Spec, make_spec
 from jaxtune.types import Params
@@ -272,6 +272,7 @@ def symmetry(config: Config, *, junctions: Junctions = "shared", inside: Inside 
         unmatched=stack.unmatched,
         junctions=stack.junctions,
         form=declare_tower_form(config),
+        no_form=why_no_form(config),
     )
 
 

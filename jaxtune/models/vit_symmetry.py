@@ -43,13 +43,8 @@ def declare_tower(config: "Config", *, prefix: str = "", junctions: Junctions, i
 
 
 def declare_tower_form(config: "Config", *, prefix: str = "") -> Form | None:
-    """Where the norms of the tower are, every path behind `prefix`; None where they cannot be folded.
-
-    That is: the features themselves are what comes out (a gain that nothing reads cannot go into a reader), the
-    branches have gains of their own, or there is no value bias for what a norm adds.
-    """
-    reads_features = config.head == "none" and config.pooling != "attention"
-    if config.shortcuts or config.layer_scale or not config.qkv_bias or reads_features:
+    """Where the norms of the tower are, every path behind `prefix`; None where `why_no_form` says why not."""
+    if why_no_form(config) is not None:
         return None
     inputs = ["patch/kernel", "position"]
     inputs += ["patch/bias"] if config.patch_bias else []
@@ -65,8 +60,19 @@ def declare_tower_form(config: "Config", *, prefix: str = "") -> Form | None:
         readers=[] if pools else heads,
         entry_norm="stream_norm" if config.stream_norm else None,
         is_gated=config.is_gated,
+        layer_scale=config.layer_scale,
+        has_qkv_bias=config.qkv_bias,
         pool="pool/attn" if pools else None,
     )
+
+
+def why_no_form(config: "Config") -> str | None:
+    """Why the norms of the tower cannot be folded; None where they can."""
+    if config.shortcuts:
+        return "it has shortcut matrices"
+    if config.head == "none" and config.pooling != "attention":
+        return "the features behind its last norm are what comes out, and no reader could take that norm's gain"
+    return None
 
 
 def _single_tokens(config):

@@ -78,8 +78,8 @@ def fold(spec: Spec, params: Params, *, dtype: type = np.float64) -> dict:
     """The weights in canonical form; computes the same function, with norms that only normalise.
 
     Leaves keep their paths; a tied readout gets one of its own. Gains, hidden value and key biases are gone; the
-    offset of a norm stays, divided by its gain, where a reader has no bias to take it; the gain of an entry norm
-    becomes a matrix.
+    offset of a norm stays, divided by its gain, where a reader has no bias to take it; the gain of a branch is in its
+    writers; the gain of an entry norm becomes a matrix.
 
     Args:
         spec: Symmetry of the network, not of its canonical form.
@@ -110,6 +110,9 @@ def fold(spec: Spec, params: Params, *, dtype: type = np.float64) -> dict:
                 # all that is left of the mean of the table's rows.
                 kernel = kernel - kernel.mean(axis=reader.axis, keepdims=True)
             leaves[reader.kernel] = kernel
+    for branch in form.gains:
+        for path in branch.writers:
+            leaves[path] = leaves[path] * _along(leaves[branch.scale], leaves[path], leaves[path].ndim - 1)
     for attention in form.attentions:
         written = _write(leaves[attention.v_bias], leaves[attention.out_kernel])
         leaves[attention.out_bias] = leaves[attention.out_bias] + written
@@ -134,7 +137,7 @@ def realise(spec: Spec, folded: Params, like: Params) -> dict:
         raise SpecError(f"{form.entries[0].scale}: a folded entry norm is a matrix; the network has a gain there.")
     if form.tie is not None:
         raise SpecError(f"{form.tie.table}: folded, the tied table is two leaves; the network has one.")
-    gains = {norm.scale for norm in form.norms if not norm.counts_from_one}
+    gains = {norm.scale for norm in form.norms if not norm.counts_from_one} | {gain.scale for gain in form.gains}
     result = {}
     for path, leaf in flatten(like).items():
         default = np.ones(leaf.shape) if path in gains else np.zeros(leaf.shape)
@@ -183,9 +186,7 @@ def unfold(spec: Spec, vector: Params, base: Params, *, dtype: type = np.float64
         readouts[form.tie.readout] = result[form.tie.table].T
     for norm in form.norms:
         gain, new_gain = gains[norm.scale], gains[norm.scale] + result[norm.scale]
-        floor = GAIN_FLOOR * np.median(np.abs(gain))
-        divisor = np.where(np.abs(gain) < floor, np.where(gain < 0, -floor, floor), gain)
-        divisor = np.where(gain == 0, np.inf, divisor)  # nothing behind a dead gain is ever read
+        divisor = _divisor(gain)
         if _keeps_offset(norm):
             taken = own[norm.bias] * (result[norm.scale] / gain) if result[norm.scale].any() else 0.0
             result[norm.bias] = new_gain * change[norm.bias] + taken
@@ -209,6 +210,13 @@ def unfold(spec: Spec, vector: Params, base: Params, *, dtype: type = np.float64
             if norm.bias is not None and not _keeps_offset(norm):
                 seen = seen + _read(own[norm.bias], own[attention.v_kernel], reader.axis)
         result[attention.out_bias] = change[attention.out_bias] - _write(seen, change[attention.out_kernel])
+    for branch in form.gains:
+        gain, divisor = own[branch.scale], _divisor(own[branch.scale])
+        for path in branch.writers:
+            wanted, last = result[path], result[path].ndim - 1
+            result[path] = wanted / _along(divisor, wanted, last)
+            if (divisor != gain).any():
+                lost[path] = _share(wanted - _along(gain, wanted, last) * result[path], wanted)
     return Unfolded(unflatten(dict(result)), lost)
 
 
@@ -267,7 +275,7 @@ def _form_of(spec) -> Form:
 
 def _dropped(form):
     """Leaves of the network that folded weights have no use for."""
-    gains = {norm.scale for norm in form.norms}
+    gains = {one.scale for one in (*form.norms, *form.gains)}
     offsets = {norm.bias for norm in form.norms if norm.bias is not None and not _keeps_offset(norm)}
     biases = {path for attention in form.attentions for path in (attention.v_bias, attention.k_bias) if path}
     return gains | offsets | biases
@@ -281,6 +289,13 @@ def _free(form):
 def _gain(norm, leaves):
     """What a norm multiplies by."""
     return 1.0 + leaves[norm.scale] if norm.counts_from_one else leaves[norm.scale]
+
+
+def _divisor(gain):
+    """A gain to divide by: away from zero, and infinite where it is zero, as nothing behind a dead gain matters."""
+    floor = GAIN_FLOOR * np.median(np.abs(gain))
+    divisor = np.where(np.abs(gain) < floor, np.where(gain < 0, -floor, floor), gain)
+    return np.where(gain == 0, np.inf, divisor)
 
 
 def _is_tied(form, reader):

@@ -53,6 +53,14 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class BranchGain:
+    """A gain a channel on what a branch adds to the stream (layer scale), and the leaves that write it."""
+
+    scale: str
+    writers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Tie:
     """A token table that is the readout too; folded weights have both, since a gain lies between them.
 
@@ -78,6 +86,7 @@ class Form:
         entries: Norms whose output is added to the stream.
         is_centred: Whether norms take the mean away (layer norms), so that the mean of the stream is never seen.
         tie: Where token table and readout are one leaf.
+        gains: Gains behind writers.
     """
 
     norms: tuple[Norm, ...]
@@ -86,3 +95,4 @@ class Form:
     entries: tuple[EntryNorm, ...] = ()
     is_centred: bool = True
     tie: Tie | None = None
+    gains: tuple[BranchGain, ...] = ()
