@@ -26,6 +26,8 @@ $(VENV)/.demo: setup.py
 
 $(VENV)/.dev: setup.py $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	# Oracles of the tests whose networks need no torchvision, which would bring a torch of its own.
+	$(BIN)/python -m pip install --quiet --no-deps timm==1.0.31 open_clip_torch==3.3.0
 	touch $@
 
 clean:

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 from jaxtune import symmetry
+from jaxtune.adapters import Adapter, is_adapter, read_adapter
+from jaxtune.adapting import open_adapted
 from jaxtune.align.evidence import MatchEvidence, judge_match
 from jaxtune.align.registry import METHODS as ALIGN_METHODS
 from jaxtune.align.registry import find_element
@@ -146,7 +148,7 @@ def align(
 
 def transport(
     source: Model,
-    finetuned: Model,
+    finetuned: Model | Adapter,
     target: Model,
     *,
     config: Any = None,
@@ -161,7 +163,8 @@ def transport(
 
     Args:
         source: Old base.
-        finetuned: Its fine-tune.
+        finetuned: Its fine-tune; a LoRA adapter of PEFT, or the folder of one, too. `adapting.carry_adapter` then
+            carries the factors themselves.
         target: New base, of the same architecture; of checkpoints the vocabulary may differ, whose rows are then
             matched by token (`transport.vocabulary`; `prepared.info["vocabulary"]` says how).
         config: Architecture of bare trees: a model config or its dict.
@@ -178,7 +181,13 @@ def transport(
         JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
     """
     opened = {"source": source, "finetuned": finetuned, "target": target}
+    if isinstance(finetuned, str | Path) and is_adapter(finetuned):
+        finetuned = opened["finetuned"] = read_adapter(finetuned)
     opened = {name: load(model) if isinstance(model, str | Path) else model for name, model in opened.items()}
+    if isinstance(finetuned, Adapter):
+        if not isinstance(opened["source"], Checkpoint):
+            raise ConfigError("an adapter needs its base as a checkpoint, whose tensors it names: pass its path.")
+        opened["finetuned"] = open_adapted(finetuned, opened["source"])
     models, config = open_models(opened, config, roles_with_own_words=("source", "finetuned"))
     target = models["target"]
     models, words = share_vocabulary(opened, models, config)

@@ -63,10 +63,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     transport = add("transport", "carry a fine-tune of an old base to a new base")
     transport.add_argument("--source", metavar="PATH", required=True, help="old base")
-    transport.add_argument("--finetuned", metavar="PATH", required=True, help="fine-tune of the old base")
+    transport.add_argument(
+        "--finetuned",
+        metavar="PATH",
+        required=True,
+        help="fine-tune of the old base: a model, or a LoRA folder of PEFT",
+    )
     transport.add_argument("--target", metavar="PATH", required=True, help="new base")
     transport.add_argument("--method", default="auto", help="see `jaxtune methods` (default: %(default)s)")
     transport.add_argument("--scale", type=float, default=1.0, help="factor of the task vector (default: %(default)s)")
+    transport.add_argument(
+        "--as", dest="form", choices=("full", "lora"), help="write full weights or a LoRA folder (default: as it came)"
+    )
+    transport.add_argument("--rank", type=int, help="of a LoRA that is cut out of the moved weights anew")
     transport.add_argument("--evaluate", metavar="DATA", help="measure the task on an .npz, digits or glyphs")
     transport.add_argument("--support", metavar="DATA", help="measure also what the base could before")
     transport.add_argument("--no-verify", dest="verify", action="store_false", help="gather no evidence; faster")

@@ -35,9 +35,22 @@ for room in ("stream", "train", "evaluate"):
 # Factors of a stored tensor (checkpoint) move as the leaves that its key table says (models, symmetry).
 MAY_IMPORT["adapters"] = (*GROUND, "symmetry", "models", "checkpoint")
 MAY_IMPORT["loading"] = (*GROUND, "symmetry", "models", "checkpoint", "transport")  # where the two meet
+MAY_IMPORT["adapting"] = (*MAY_IMPORT["loading"], "loading", "adapters")
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate")
 for room in ("api", "commands", "demo", "cli", "__init__", "__main__"):
-    above = ("stream", "train", "evaluate", "adapters", "loading", "report", "api", "commands", "demo", "cli")
+    above = (
+        "stream",
+        "train",
+        "evaluate",
+        "adapters",
+        "loading",
+        "adapting",
+        "report",
+        "api",
+        "commands",
+        "demo",
+        "cli",
+    )
     MAY_IMPORT[room] = (*ALL_ABOVE, *above)
 
 # Packages from outside -> rooms that may import them. Not listed: the standard library, jax, numpy.

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune import checkpoint
+from jaxtune.adapters import Adapter
 from jaxtune.checkpoint.files import parse_object, read_small
+from jaxtune.checkpoint.manifest import hash_file, list_files
 from jaxtune.errors import ConfigError, OutputError, unknown_name
 from jaxtune.loading import load, network_of
 
@@ -78,6 +80,12 @@ def _convert(name, text, default):
     return value
 
 
-def describe_inputs(models: Mapping[str, checkpoint.Checkpoint]) -> dict[str, Any]:
-    """Path, format and hashes of every input, for the report."""
-    return {role: checkpoint.describe_checkpoint(model) for role, model in models.items()}
+def describe_inputs(models: Mapping[str, checkpoint.Checkpoint], adapter: Adapter | None = None) -> dict[str, Any]:
+    """Path, format and hashes of every input, for the report; of an adapter in the place of the fine-tune."""
+    own = {role: model for role, model in models.items() if adapter is None or role != "finetuned"}
+    inputs = {role: checkpoint.describe_checkpoint(model) for role, model in own.items()}
+    if adapter is not None:
+        names = [name for name in list_files(adapter.path) if name not in adapter.left_out]
+        hashes = {name: hash_file(adapter.path / name) for name in names}
+        inputs["finetuned"] = {"path": str(adapter.path), "format": "peft", "sha256": hashes}
+    return {role: inputs[role] for role in models}
