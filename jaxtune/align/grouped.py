@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtune.align.assignment import score_of, solve_assignment, solve_assignments
 from jaxtune.align.circuits import (
+    PLANE_KINDS,
     inside_of,
     list_head_leaves,
     loose_scores,
@@ -145,9 +146,8 @@ class _Visit:
         return sides[0] + empty, sides[1] + empty
 
     def _inner_shape(self, child):
-        units = self.spec.groups[child].size
-        by_plane = any(leaf.by_plane for leaf in self.leaves if leaf.child == child)
-        return (len(self.slots), units // 2) if by_plane else (len(self.slots), units, units)
+        units, is_plane = self.spec.groups[child].size, self.spec.groups[child].kind in PLANE_KINDS
+        return (len(self.slots), units // 2) if is_plane else (len(self.slots), units, units)
 
     def _query_tables(self, order, maps):
         """Products of every pair of queries of matched heads, their units moved by the maps."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxtune.align.blocks import solve_block
 from jaxtune.align.memory import keep_search, recall_search
-from jaxtune.align.problem import Problem, make_problem
+from jaxtune.align.problem import STRETCHING_KINDS, Problem, make_problem
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
@@ -245,7 +245,8 @@ class Search:
 
             def share(name, usable=usable):
                 total = sum(problem.mass[path] for path in problem.blocks[name] if path in problem.weights)
-                return sum(problem.mass[path] for path in usable[name]) / total if total else 0.0
+                part = sum(problem.mass[path] for path in usable[name]) / total if total else 0.0
+                return (0.0 if self._lacks_a_side(name, usable[name]) else part), part
 
             name = max(waiting, key=share)  # the first of equals: declaration order
             if any(path in problem.weights and path not in usable[name] for path in problem.blocks[name]):
@@ -256,3 +257,13 @@ class Search:
             known.add(name)
             waiting.remove(name)
         return stale
+
+    def _lacks_a_side(self, name, usable):
+        """Whether a map inside the block would be found from one of its two sides alone, which tells too little."""
+        spec, weights = self.problem.spec, self.problem.weights
+        for child in spec.children_of(name):
+            if spec.groups[child].kind in STRETCHING_KINDS:
+                sides = {path: spec.axes[path][axis].dual for path, axis in spec.leaves_of(child) if path in weights}
+                if set(sides.values()) != {sides[path] for path in usable if path in sides}:
+                    return True
+        return False

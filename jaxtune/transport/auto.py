@@ -9,6 +9,7 @@ from jaxtune.align.evidence import judge_match, measure_residual
 from jaxtune.errors import SpecError
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
+from jaxtune.symmetry.kinds import kind_of
 from jaxtune.transport.full import prepare_full
 from jaxtune.transport.identity import prepare_identity
 from jaxtune.transport.permutation import prepare_permutation
@@ -24,8 +25,9 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
     between kin that did, and between strangers, the larger group carries more. Both show in the residual
     `||target - g(source)|| / ||target||`, taken on folded weights for all three, so that they compare like with
     like. A continuous group finds something to fit in any difference, so between kin `full` must save more than
-    it saves where the difference is noise of the same size, leaf by leaf. (Where both are about equal the choice hardly
-    matters: see docs/ladder.md.)
+    it saves where the difference is noise of the same size, leaf by leaf; so must `permutation` between kin in
+    place, where it moves more than orders (decoders, whose heads have maps inside). (Where both are about equal the
+    choice hardly matters: see docs/ladder.md.)
 
     Args:
         key: Draws the random elements that kinship is judged against, and the noise.
@@ -57,6 +59,8 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
     moved = {name: judge.fold(params) for name, params in simple.items()}
     residuals = {name: measure_residual(judge.spec, ours, params) for name, params in moved.items()}
     chosen = "permutation" if residuals["permutation"] < residuals["identity"] else "identity"
+    if chosen == "permutation" and lineage.is_in_place and _has_maps(permuted.spec):
+        chosen = "identity" if lineage.verdict == "same" else _choose_simple(key, permuted, symmetry, target, source)
     info = {}
     if "full" in candidates:
         evidence = judge_match(named_key(key, "full evidence"), judge.spec, ours, moved["identity"], judge.element)
@@ -65,7 +69,7 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
             lineage = evidence.lineage
         saved = 1 - residuals["full"] / residuals[chosen] if residuals[chosen] else 0.0
         if saved > 0 and lineage.verdict == "related":
-            by_chance = _saved_of_noise(named_key(key, "noise"), symmetry, target, simple[chosen])
+            by_chance = _saved_of_noise(named_key(key, "noise"), prepare_full, symmetry, target, simple[chosen])
             info = {"saved": saved, "saved_of_noise": by_chance}
             saved -= by_chance
         if saved > 0:
@@ -74,8 +78,28 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
     return dataclasses.replace(candidates[chosen], info={**candidates[chosen].info, **info})
 
 
-def _saved_of_noise(key, symmetry, target, source) -> float:
-    """Share of the residual that the search of `full` removes where the bases differ by noise of the same size."""
+def _has_maps(spec) -> bool:
+    """Whether some of what `permutation` moves is more than an order: maps inside heads fit any difference a little."""
+    return any(kind_of(group).order is None for group in spec.groups.values())
+
+
+def _choose_simple(key, permuted, symmetry, target, source) -> str:
+    """Between kin in place: permutation where it saves more than it would of noise, else plain addition."""
+    saved = _saved(permuted, target, source)
+    by_chance = _saved_of_noise(named_key(key, "plain noise"), prepare_permutation, symmetry, target, source)
+    return "permutation" if saved > by_chance else "identity"
+
+
+def _saved(found, target, source) -> float:
+    """Share of the residual between two bases that an element removes, in the coordinates that it acts on."""
+    ours, theirs = found.fold(target), found.fold(source)
+    before = measure_residual(found.spec, ours, theirs)
+    after = measure_residual(found.spec, ours, elements.apply(found.spec, found.element, theirs))
+    return 1 - after / before if before else 0.0
+
+
+def _saved_of_noise(key, prepare, symmetry, target, source) -> float:
+    """Share of the residual that a method's search removes where the bases differ by noise of the same size."""
     leaves = flatten(target)
 
     def add_noise(path, leaf):
@@ -87,8 +111,4 @@ def _saved_of_noise(key, symmetry, target, source) -> float:
         return (np.asarray(leaf, np.float32) + size * noise).astype(leaf.dtype)
 
     noisy = map_leaves(add_noise, source)
-    found = prepare_full(named_key(key, "search"), symmetry, source, source, noisy)
-    ours, folded = found.fold(noisy), found.fold(source)
-    before = measure_residual(found.spec, ours, folded)
-    after = measure_residual(found.spec, ours, elements.apply(found.spec, found.element, folded))
-    return 1 - after / before if before else 0.0
+    return _saved(prepare(named_key(key, "search"), symmetry, source, source, noisy), noisy, source)
