@@ -196,6 +196,8 @@ def task_vector(base: Params, finetuned: Params) -> dict[str, Any]:
         if not is_float(old):
             return xp.zeros(old.shape, old.dtype)
         wide = _wide_dtype(old, new)
+        if xp is np:  # cast as it goes: no copy of either in the wide dtype
+            return np.asarray(np.subtract(new, old, dtype=wide, casting="unsafe"))
         return xp.asarray(new).astype(wide) - xp.asarray(old).astype(wide)
 
     return map_leaves(subtract, base, finetuned, dtype=lambda _, old, new: _difference_dtype(old, new))
@@ -220,6 +222,9 @@ def apply_task_vector(base: Params, vector: Params, scale: float | Leaf = 1.0) -
         xp = _namespace(leaf, delta, scale)
         wide = _wide_dtype(leaf, delta)
         factor = xp.asarray(scale).astype(wide)
+        if xp is np:
+            moved = np.asarray(np.multiply(delta, factor, dtype=wide, casting="unsafe"))
+            return np.add(moved, leaf, out=moved, dtype=wide, casting="unsafe").astype(leaf.dtype)
         moved = xp.asarray(leaf).astype(wide) + factor * xp.asarray(delta).astype(wide)
         return moved.astype(leaf.dtype)
 

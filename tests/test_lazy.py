@@ -7,6 +7,7 @@ from small_models import random_params
 
 import jaxtune as jt
 from jaxtune import symmetry, tree
+from jaxtune.align import products
 from jaxtune.evaluate.example import apply_to_matrix, example_batch
 from jaxtune.lazy import LazyLeaf, ReadOnUse, defer, is_lazy
 from jaxtune.loading import load
@@ -116,6 +117,21 @@ def test_rows_are_read_lazily_one_leaf_at_a_time():
     again = table.encoder(lazy, {})
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(again(name), tensor)
+
+
+def test_a_large_leaf_is_scored_part_by_part_the_same(monkeypatch):
+    config = decoder.Config(vocab_size=50, width=16, depth=1, num_heads=2, num_kv_heads=2, head_width=8, mlp_width=24)
+    spec = registry.symmetry_of(config)
+    element = symmetry.random(jax.random.key(0), spec)
+    ours, theirs = (flatten(random_params(config, seed=seed, dtype=np.float32)) for seed in (0, 1))
+    for path, axis in (("embed/token", 1), ("head/kernel", 0), ("block_0/mlp/up/kernel", 0)):
+        pair = spec, element, path, axis, ours[path], theirs[path]
+        whole = np.asarray(products.add_unit_scores(None, 2.0, *pair))
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "PART_BYTES", 7 * 16 * 4)
+            parts = np.asarray(products.add_unit_scores(None, 2.0, *pair))
+        np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(parts, 2.0 * np.asarray(products.unit_scores(*pair)), rtol=1e-5, atol=1e-5)
 
 
 def test_reading_a_file_leaf_by_leaf_leaves_nothing_in_memory(tmp_path):

@@ -18,6 +18,9 @@ from jaxtune.symmetry.rotary import both_halves, side_of
 from jaxtune.symmetry.spec import Spec
 from jaxtune.types import Leaf
 
+# Of a leaf in float32 that is handed over at once, where it can be cut.
+PART_BYTES = 1 << 26
+
 
 def unit_scores(spec: Spec, element: Element, path: str, axis: int, target: Leaf, source: Leaf) -> jax.Array:
     """Inner products of every target unit with every source unit along one axis of one leaf.
@@ -40,9 +43,23 @@ def add_unit_scores(
     target: Leaf,
     source: Leaf,
 ) -> jax.Array:
-    """`scores + weight * unit_scores(...)` in the place of `scores`, which is gone afterwards; None is zeros."""
+    """`scores + weight * unit_scores(...)` in the place of `scores`, which is gone afterwards; None is zeros.
+
+    A large leaf goes through part by part along an axis that nothing moves, as an embedding has one for its tokens.
+    """
     layout, values = _layout_of(spec, element, path, skip=(axis,))
-    return _add_unit_scores(scores, np.float32(weight), target, source, values, layout=layout, axis=axis)
+    fixed = next((a for a, entry in enumerate(layout) if entry is None and a != axis), None)
+    length = 1 if fixed is None else target.shape[fixed]
+    num_parts = 1 if fixed is None else min(length, -(-4 * target.size // PART_BYTES))
+    step = -(-length // max(num_parts, 1))
+    for start in range(0, max(length, 1), max(step, 1)):
+        whole = fixed is None or step >= length
+        part = () if whole else (slice(None),) * fixed + (slice(start, start + step),)
+        pair = (target, source) if whole else (target[part], source[part])
+        scores = _add_unit_scores(scores, np.float32(weight), *pair, values, layout=layout, axis=axis)
+        if not whole:
+            scores.block_until_ready()  # before the next part is handed over
+    return scores
 
 
 def slot_scores(

@@ -53,7 +53,8 @@ def _act(element, leaf, axis, parent_axis, dual):
     factors = factors.reshape([leaf.shape[a] if a in (axis, parent_axis) else 1 for a in range(leaf.ndim)])
     wide = np.promote_types(leaf.dtype, np.float32)  # NumPy's own: under strict promotion JAX's refuses
     if isinstance(leaf, np.ndarray):
-        return leaf.astype(wide) * factors.astype(wide)
+        moved = leaf.astype(wide, copy=False)  # a gather is a copy already, and nobody else's
+        return np.multiply(moved, factors.astype(wide), out=moved)
     import jax.numpy as jnp
 
     return leaf.astype(wide) * jnp.asarray(factors.astype(wide))
