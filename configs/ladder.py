@@ -5,6 +5,8 @@
 DIR holds 28x28 image sets as .npz (train_x, train_y, test_x, test_y, class_names): mnist, dhcd_digits, thai_digits,
 dhcd_cons_c, quickdraw6. The bases learn Latin and Devanagari digits; the tasks are Latin digits turned by 90 degrees,
 Thai digits, Devanagari consonants and drawings.
+
+About two hours on two CPU cores, a process each (`--config.only`), most of it training; results in docs/ladder.md.
 """
 
 import ml_collections
@@ -49,5 +51,5 @@ def get_config():
     }
     c.finetune = dict(num_steps=150, batch_size=64, learning_rate=1e-3)
     c.num_test, c.num_support = 1000, 500
-    c.transition = dict(widths=(32, 64, 128), num_steps=(200, 600, 1800), learning_rate=4e-3, num_pairs=2)
+    c.transition = dict(widths=(32, 64, 128, 256), num_steps=(200, 600, 1800), learning_rate=4e-3, num_pairs=2)
     return c

@@ -24,26 +24,29 @@ def test_the_lines_fall_and_do_not_cross():
             expect_recovery(wrong)
 
 
-def measured(model):
-    """(residual left, share recovered) of `auto` on every pair of the committed ladder."""
-    for pair in json.loads(LADDER.read_text())["pairs"]:
-        if pair["model"] == model:
-            yield pair["residuals"][pair["chosen"]], pair["methods"]["auto"]["recovered"]
-
-
-def share_inside(model, *, slack=0.0):
+def share_inside(measured, *, slack=0.0):
+    """Of (residual left, share recovered by `auto`): how many lie between the lines."""
     inside = []
-    for residual, recovered in measured(model):
+    for residual, recovered in measured:
         low, high = expect_recovery(residual)
         inside.append(low - slack <= recovered <= high + slack)
-    assert len(inside) >= 45
     return np.mean(inside)
 
 
-def test_it_holds_for_the_pairs_it_was_read_off():
-    assert share_inside("narrow") == 1.0
+@pytest.mark.parametrize(("model", "share"), [("narrow", 1.0), ("wide", 0.95)])
+def test_the_pairs_of_the_ladder_lie_between_the_lines(model, share):
+    """A check of the table and no test of the idea: the lines were drawn with these pairs in sight."""
+    measured = [
+        (pair["residuals"][pair["chosen"]], pair["methods"]["auto"]["recovered"])
+        for pair in json.loads(LADDER.read_text())["pairs"]
+        if pair["model"] == model
+    ]
+    assert len(measured) >= 45
+    assert share_inside(measured) >= share
+    assert share_inside(measured, slack=0.03) == 1.0
 
 
-def test_it_holds_for_most_pairs_of_another_width():
-    assert share_inside("wide") >= 0.8
-    assert share_inside("wide", slack=0.05) >= 0.95
+def test_so_do_strangers_of_every_width_and_length_of_training():
+    cells = json.loads(LADDER.read_text())["transition"]
+    assert len({cell["width"] for cell in cells}) >= 4
+    assert share_inside([(cell["residual"], cell["recovered"]["auto"]) for cell in cells]) == 1.0

@@ -207,10 +207,10 @@ def _verdict_table(verdicts):
 
 def _transition_table(cells):
     header = ["width", "steps", "accuracy of a base", "barrier as they lie", "permutation", "full",
-              "recovered: identity", "permutation", "transfusion", "full"]  # fmt: skip
+              "residual", "recovered: identity", "permutation", "transfusion", "full"]  # fmt: skip
     rows = [
         [cell["width"], cell["num_steps"], _percent(cell["base_accuracy"]),
-         *(f"{cell['barrier'][kind]:.2f}" for kind in ("identity", "permutation", "full")),
+         *(f"{cell['barrier'][kind]:.2f}" for kind in ("identity", "permutation", "full")), f"{cell['residual']:.2f}",
          *(_percent(cell["recovered"][kind]) for kind in ("identity", "permutation", "transfusion", "full"))]
         for cell in cells
     ]  # fmt: skip
@@ -231,6 +231,7 @@ def _summarise_cells(transition):
                 "base_accuracy": sum(one["pair"]["target_accuracy"] for one in ours) / len(ours),
                 "barrier": rung["barrier"],
                 "middle_accuracy": rung["middle_accuracy"],
+                "residual": sum(one["pair"]["residuals"][one["pair"]["chosen"]] for one in ours) / len(ours),
                 "recovered": {
                     method: None if (share := rung["methods"][method]["recovered"]) is None else share[0]
                     for method in METHODS

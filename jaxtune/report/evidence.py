@@ -13,7 +13,8 @@ ADVICE = {
     "related": "The bases share a start, so weights can be compared unit by unit. Measure the result on your task.",
     "unrelated": (
         "Nothing in the weights says that these bases share a start. Between such bases no method without data has "
-        "been seen to carry more than about a fifth of a fine-tune: do not use the result before you have measured it."
+        "been seen to carry more than about a quarter of a fine-tune: do not use the result before you have measured "
+        "it."
     ),
 }
 AGREEMENT_COLUMNS = {
