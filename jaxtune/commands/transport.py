@@ -43,7 +43,7 @@ def run(arguments) -> None:
         config = check_same_architecture(models, roles_with_own_words=("source", "finetuned"))
     if arguments.plan:
         check_symmetry(config, arguments.method)
-        print(describe_plan(models, arguments.method))
+        print(describe_plan(models, arguments.method, config))
         return
     data = {name: open_data(getattr(arguments, name), config) for name in ("evaluate", "support")}
     with work.stage("hash"):

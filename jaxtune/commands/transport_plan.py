@@ -1,13 +1,16 @@
 """`jaxtune transport --plan`: what a run would take, from headers alone."""
 
+from jaxtune.lazy import is_lazy
 from jaxtune.models import registry
 from jaxtune.report.table import count_bytes, render_table
 from jaxtune.symmetry.canonical import canonical_spec
-from jaxtune.tree import count_parameters
+from jaxtune.tree import count_parameters, flatten
 
-RUNTIME_BYTES = 400 * 2**20  # Python, JAX and its compiler before any weight is loaded
+RUNTIME_BYTES = 500 * 2**20  # Python, JAX and its compiler before any weight is loaded
 # Copies of the weights in float32 that a method and its evidence hold at the peak; measured at 25 M weights.
 COPIES = {"identity": 14, "orthogonal_shift": 14, "permutation": 14, "transfusion": 14, "full": 19}
+# The same where leaves are read one at a time: copies of the largest leaf in float32, and tables of the largest group.
+LEAVES, TABLES = 6, 6
 
 
 def check_symmetry(config, method) -> None:
@@ -18,17 +21,25 @@ def check_symmetry(config, method) -> None:
         registry.symmetry_of(config, junctions="each", inside="joint")
 
 
-def describe_plan(models, method) -> str:
+def describe_plan(models, method, config) -> str:
     """The table that `--plan` prints."""
     stored = {role: model.layout.num_bytes for role, model in models.items()}
-    names = models["target"].config
-    working = 4 * count_parameters(models["target"].params)
-    peak = RUNTIME_BYTES + sum(stored.values()) + COPIES.get(method, COPIES["full"]) * working
+    names, target = models["target"].config, models["target"]
+    leaves = flatten(target.params).values()
+    if any(map(is_lazy, leaves)):
+        largest = 4 * max(leaf.size for leaf in leaves)
+        group = max(group.size for group in registry.symmetry_of(config).groups.values())
+        peak = RUNTIME_BYTES + LEAVES * largest + TABLES * 4 * group**2
+        how = f"leaf by leaf: {LEAVES} of {count_bytes(largest)}, {TABLES} tables of {group}²"
+    else:
+        working = 4 * count_parameters(target.params)
+        peak = RUNTIME_BYTES + sum(stored.values()) + COPIES.get(method, COPIES["full"]) * working
+        how = "whole networks in memory"
     rows = [
         {"what": "family", "value": names.get("model_type") or names.get("architecture", "")},
-        {"what": "parameters", "value": f"{count_parameters(models['target'].params):,}"},
+        {"what": "parameters", "value": f"{count_parameters(target.params):,}"},
         *({"what": f"read {role}", "value": count_bytes(size)} for role, size in stored.items()),
         {"what": "write", "value": count_bytes(stored["target"])},
-        {"what": "peak memory, about", "value": count_bytes(peak)},
+        {"what": "peak memory, at most about", "value": f"{count_bytes(peak)} ({how})"},
     ]
     return render_table({"what": "plan", "value": ""}, rows) + "\nThe three fit together. Nothing was written."
