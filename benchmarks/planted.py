@@ -8,10 +8,11 @@ every leaf. Matching sees A and B alone. Each cell holds
     share   units whose place was found, in % (scales aside); where units mix, the cosine of found and planted maps
     error   |found(tau) - g(tau)| / |g(tau)| of a task vector tau = 0.1 * std(leaf) * N(0, 1)
 
-both the mean over seeds. "whole group" means folded weights: centred rotations of the stream, invertible maps
-inside heads, orders of heads and of hidden units.
+both the mean over seeds. "whole group" means folded weights: rotations of the stream (centred ones behind layer
+norms), maps inside heads, orders of heads and of hidden units. The decoders have two KV heads of two queries each,
+rotary positions and gated MLPs.
 
-Measured on 2026-11-21, two shared CPU cores, jax 0.10.2, float32, 3 seeds, 40 s:
+Measured on 2026-11-21, two shared CPU cores, jax 0.10.2, float32, 3 seeds, 74 s:
 
 | case | noise 0.0 | noise 0.1 | noise 0.3 | noise 1.0 |
 |---|---|---|---|---|
@@ -23,6 +24,11 @@ Measured on 2026-11-21, two shared CPU cores, jax 0.10.2, float32, 3 seeds, 40 s
 | centred_orthogonal, ViT | 100.0 / 0.000 | 99.9 / 0.044 | 99.5 / 0.131 | 95.1 / 0.432 |
 | general_linear, ViT | 100.0 / 0.000 | 99.9 / 0.050 | 98.8 / 0.150 | 89.5 / 0.475 |
 | whole group, ViT | 100.0 / 0.000 | 99.9 / 0.051 | 99.4 / 0.150 | 94.0 / 0.470 |
+| rotary, decoder | 100.0 / 0.000 | 100.0 / 0.013 | 100.0 / 0.037 | 99.8 / 0.109 |
+| all but rotations, decoder | 100.0 / 0.000 | 100.0 / 0.017 | 99.8 / 0.053 | 98.3 / 0.155 |
+| rotary_signs and all else, decoder | 100.0 / 0.000 | 100.0 / 0.018 | 99.8 / 0.053 | 98.4 / 0.152 |
+| experts and all else, decoder | 100.0 / 0.000 | 100.0 / 0.020 | 99.8 / 0.059 | 98.2 / 0.173 |
+| whole group, decoder | 100.0 / 0.000 | 100.0 / 0.024 | 99.8 / 0.072 | 98.2 / 0.223 |
 | whole group, CLIP | 100.0 / 0.000 | 99.9 / 0.053 | 99.2 / 0.155 | 92.1 / 0.494 |
 """
 
@@ -37,7 +43,8 @@ import numpy as np
 
 from jaxtune import symmetry, tree
 from jaxtune.align.weights import match_weights
-from jaxtune.models import clip, mlp, registry, resnet, vit
+from jaxtune.models import clip, decoder, mlp, registry, resnet, vit
+from jaxtune.models.experts import Experts
 from jaxtune.rng import named_key
 from jaxtune.symmetry import Spec, canonical
 from jaxtune.types import Params
@@ -52,6 +59,12 @@ TOWER = vit.Config(
 TEXT = clip.TextConfig(vocab_size=64, context_length=12, width=48, depth=2, num_heads=3, mlp_width=96)
 WIDE = dataclasses.replace(TOWER, width=96, depth=4, num_heads=6, mlp_width=192)
 VISION = dataclasses.replace(TOWER, stream_norm=True, patch_bias=False, head_bias=False)
+DECODER = decoder.Config(
+    vocab_size=64, width=64, depth=3, num_heads=4, num_kv_heads=2, head_width=16, mlp_width=128,
+    rotary=decoder.Rotary(theta=100.0),
+)  # fmt: skip
+NORMED = dataclasses.replace(DECODER, qk_norm="head")
+MIXTURE = dataclasses.replace(DECODER, experts=Experts(num_experts=4, num_chosen=2, hidden=64))
 FOLDED = {"head_cost": "circuit", "weighting": "unit"}
 
 
@@ -100,6 +113,11 @@ CASES = {
     "centred_orthogonal, ViT": Case(TOWER, whole_group, frozenset({"stream"}), True, FOLDED),
     "general_linear, ViT": Case(TOWER, whole_group, frozenset({"qk", "vo"}), True, FOLDED),
     "whole group, ViT": Case(TOWER, whole_group, None, True, FOLDED),
+    "rotary, decoder": Case(DECODER, roles=frozenset({"qk"})),
+    "all but rotations, decoder": Case(DECODER),
+    "rotary_signs and all else, decoder": Case(NORMED),
+    "experts and all else, decoder": Case(MIXTURE),
+    "whole group, decoder": Case(DECODER, whole_group, None, True, FOLDED),
     "whole group, CLIP": Case(clip.Config(vision=VISION, text=TEXT, embed_dim=16), whole_group, None, True, FOLDED),
 }
 

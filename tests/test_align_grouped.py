@@ -5,7 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from toy_decoders import run_decoder, some_tokens, toy_decoder
+from toy_decoders import INSIDE, run_decoder, some_tokens, toy_decoder
 from toys import add_noise
 
 from jaxtune import symmetry, tree
@@ -76,6 +76,16 @@ def test_noise_moves_no_unit_and_bends_maps_by_less_than_itself(name, noise, lar
     difference = measure_residual(spec, moved, symmetry.apply(spec, found.element, source))
     assert difference < largest_error
     assert list(found.history) == sorted(found.history)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("noise", [1.0, 2.0])
+def test_twice_the_weights_own_size_of_noise_moves_no_unit(inside, noise):
+    """Six heads of sixteen units in four blocks of width 96; TransFusion's loop finds a quarter of the heads there."""
+    spec, source = toy_decoder(0, width=96, depth=4, kv=3, query=2, units=16, hidden=192, vocab=64, inside=inside)
+    planted = symmetry.random(jax.random.key(0), spec)
+    target = add_noise(symmetry.apply(spec, planted, source), noise, 0)
+    assert shares(spec, match_weights(KEY, spec, target, source).element, planted) == 1
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,7 +11,7 @@ from benchmarks.planted import CASES, KEY, draw_params, error_of, find, plant, s
 from jaxtune import symmetry, tree
 from jaxtune.align.weights import match_weights
 from jaxtune.errors import ConfigError
-from jaxtune.models import mlp, registry
+from jaxtune.models import decoder, mlp, registry
 from jaxtune.transport.prepared import apply_transport
 from jaxtune.transport.registry import prepare_transport
 
@@ -52,7 +52,7 @@ def test_under_noise_every_kind_is_found_nearly(name, noise):
 def test_the_carried_fine_tune_computes_what_the_old_one_did(name):
     """float32, relative to the largest output; the planted element itself keeps the function to 1e-10 in float64."""
     case, planted = CASES[name], plant(CASES[name], 0.0, 2)
-    batch = random_images(case.config)
+    batch = random_inputs(case.config)
     tuned = tree.apply_task_vector(planted.source, planted.task_vector)
     wanted = outputs_of(case.config, tuned, batch)
     vector = symmetry.apply(planted.spec, find(case, planted), planted.task_vector)
@@ -64,12 +64,13 @@ def test_the_carried_fine_tune_computes_what_the_old_one_did(name):
         assert relative(*(outputs_of(case.config, params, batch) for params in (wide, moved))) < 1e-10
 
 
-def random_images(config):
-    """Images of the size that the config asks for."""
-    batch = random_batch(config)
+def random_inputs(config):
+    """Images of the size that the config asks for; texts for a decoder."""
+    if isinstance(config, decoder.Config):
+        return {"text": np.random.default_rng(0).integers(0, config.vocab_size, size=(4, 9)).astype(np.int32)}
     size, channels = getattr(config, "image_size", None), getattr(config, "channels", 3)
     if size is None:
-        return batch
+        return random_batch(config)
     return {"image": np.random.default_rng(0).uniform(size=(4, size, size, channels)).astype(np.float32)}
 
 
@@ -129,7 +130,7 @@ def test_the_permutation_transport_frees_scales_when_asked():
     planted = plant(case, 0.0, 3)
     symmetry_of = partial(registry.symmetry_of, case.config)
     tuned = tree.apply_task_vector(planted.source, planted.task_vector)
-    batch = random_images(case.config)
+    batch = random_inputs(case.config)
     wanted = outputs_of(case.config, tuned, batch)
     misses = {}
     for scales in ("fixed", "free"):
