@@ -208,15 +208,16 @@ def test_a_tied_table_takes_the_least_squares_of_both_wishes_and_says_what_is_lo
     for path, norm in missing.items():
         assert unfolded.lost[path] == pytest.approx(norm / np.linalg.norm(leaves[path]))
         assert 0.1 < unfolded.lost[path] < 1
-    best = sum(norm**2 for norm in missing.values())
+    start = tree.flatten(canonical.fold(spec, base))
+    weights = {path: 1 / np.sum((start[path] + leaves[path]) ** 2) for path in missing}
+    best = sum(weights[path] * norm**2 for path, norm in missing.items())
     own, moved = tree.flatten(base), tree.flatten(unfolded.task_vector)
     for _ in range(20):  # no step away from it is better
         rival = tree.map_leaves(lambda _, leaf: leaf.copy(), unfolded.task_vector)
         rival["embed"]["token"] += 1e-3 * draw.normal(size=own["embed/token"].shape)
         rival["final_norm"]["scale"] += 1e-3 * draw.normal(size=moved["final_norm/scale"].shape)
         got = tree.flatten(canonical.fold(spec, tree.apply_task_vector(base, rival)))
-        start = tree.flatten(canonical.fold(spec, base))
-        assert sum(np.sum((got[p] - start[p] - leaves[p]) ** 2) for p in missing) > best
+        assert sum(weights[p] * np.sum((got[p] - start[p] - leaves[p]) ** 2) for p in missing) > best
 
 
 def test_where_all_final_gains_are_equal_a_tied_table_loses_nothing_to_a_rotation():

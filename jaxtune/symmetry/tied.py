@@ -25,10 +25,12 @@ class Untied(NamedTuple):
 
 
 def tie_again(table: np.ndarray, readout: np.ndarray, gain: np.ndarray, *, is_centred: bool, keep_gain: bool) -> Untied:
-    """Minimises `|X C - table|^2 + |X diag(t) - readout|^2`, C taking the mean of each row away where `is_centred`.
+    """Minimises `|X C - table|^2 / |table|^2 + |X diag(t) - readout|^2 / |readout|^2`.
 
-    Without a mean to find, each channel is a problem of its own: of all `(x, t x)` the one closest to two columns,
-    which the leading eigenvector of their 2 x 2 Gram matrix gives. With one, table and gain take turns.
+    C takes the mean of each row away where `is_centred`, else it does nothing. Either wish counts by its own size, so
+    that large gains do not drown what the table writes. Without a mean to find, each channel is a problem of its own:
+    of all `(x, t x)` the one closest to two columns, which the leading eigenvector of their 2 x 2 Gram matrix gives.
+    With one, table and gain take turns.
 
     Args:
         table, readout: What the table shall write and read, float[vocab, width] each.
@@ -36,10 +38,14 @@ def tie_again(table: np.ndarray, readout: np.ndarray, gain: np.ndarray, *, is_ce
         is_centred: Whether the mean of what the table writes is never seen; `table` has then none.
         keep_gain: Whether `t` stays what it is.
     """
+    sizes = float(np.linalg.norm(table)), float(np.linalg.norm(readout))
+    unit = sizes[0] / sizes[1] if all(sizes) else 1.0
+    scaled = gain * unit
     if not keep_gain:
         rows = slice(None, None, -(-len(table) // MAX_ROWS))
-        gain = (_turn_by_turn if is_centred else _channel_by_channel)(table[rows], readout[rows], gain)
-    found = _solve_table(table, readout, gain, is_centred)
+        scaled = (_turn_by_turn if is_centred else _channel_by_channel)(table[rows], unit * readout[rows], scaled)
+        gain = scaled / unit
+    found = _solve_table(table, unit * readout, scaled, is_centred)
     written = found - found.mean(axis=1, keepdims=True) if is_centred else found
     return Untied(found, gain, float(np.linalg.norm(written - table)), float(np.linalg.norm(found * gain - readout)))
 
@@ -47,8 +53,10 @@ def tie_again(table: np.ndarray, readout: np.ndarray, gain: np.ndarray, *, is_ce
 def _channel_by_channel(table, readout, gain):
     cross = np.einsum("vw,vw->w", table, readout)
     apart = np.einsum("vw,vw->w", readout, readout) - np.einsum("vw,vw->w", table, table)
-    is_told = cross != 0
-    return np.where(is_told, (apart + np.hypot(apart, 2 * cross)) / np.where(is_told, 2 * cross, 1.0), gain)
+    is_told, root = cross != 0, np.abs(apart) + np.hypot(apart, 2 * cross)
+    double = np.where(is_told, 2 * cross, 1.0)
+    # The slope of the leading eigenvector, written so that nothing cancels.
+    return np.where(is_told, np.where(apart > 0, root / double, double / np.where(is_told, root, 1.0)), gain)
 
 
 def _turn_by_turn(table, readout, gain):
