@@ -15,7 +15,7 @@ from jaxtune.rng import named_key
 
 peft = pytest.importorskip("peft")
 # Of peft on a transformers newer than it: not about us.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore::FutureWarning:peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
 @pytest.fixture(scope="module")
