@@ -155,7 +155,8 @@ def _norms(models, result) -> dict[str, float]:
     """How large the step is, beside the base that takes it."""
 
     def norm(tree):
-        leaves = [np.asarray(leaf, np.float32).ravel() for leaf in flatten(tree).values() if is_float(leaf)]
+        # One at a time: together they are the whole network in float32.
+        leaves = (np.asarray(leaf, np.float32).ravel() for leaf in flatten(tree).values() if is_float(leaf))
         return float(np.sqrt(sum(np.dot(leaf, leaf).astype(np.float64) for leaf in leaves)))
 
     moved, base = norm(result.prepared.task_vector), norm(models["target"].params)
