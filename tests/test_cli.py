@@ -16,7 +16,7 @@ import torch_files
 
 import jaxtune as jt
 from jaxtune import symmetry, tree
-from jaxtune.cli import main
+from jaxtune.cli import main, prepare_process
 from jaxtune.models import mlp, registry, vit
 
 CONFIG = vit.Config(
@@ -391,3 +391,24 @@ def test_the_stream_may_have_one_order_per_junction_on_request(models, run, tmp_
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert not report["equivalence"]["is_exact"]
     assert run(*arguments[:-1], "junctions=some", "--overwrite")[0] == 2
+
+
+def test_the_process_is_prepared_where_the_system_lets_it_be(monkeypatch):
+    asked = []
+
+    class Libc:
+        def mallopt(self, name, value):
+            asked.append((name, value))
+
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    monkeypatch.setattr("jaxtune.cli.ctypes.CDLL", lambda name: Libc())
+    prepare_process()
+    assert asked == [(-8, 1), (-3, 16 * 2**20)]
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "3"  # what is set stays
+    monkeypatch.setattr("jaxtune.cli.ctypes.CDLL", lambda name: object())  # no such call
+    prepare_process()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    monkeypatch.setattr("jaxtune.cli.ctypes.CDLL", lambda name: pytest.fail("it is set already"))
+    prepare_process()
