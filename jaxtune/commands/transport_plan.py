@@ -26,7 +26,7 @@ def describe_plan(models, method, config) -> str:
     stored = {role: model.layout.num_bytes for role, model in models.items()}
     names, target = models["target"].config, models["target"]
     leaves = flatten(target.params).values()
-    if any(map(is_lazy, leaves)):
+    if any(map(is_lazy, leaves)) and method != "full":  # which folds whole networks
         largest = 4 * max(leaf.size for leaf in leaves)
         group = max(group.size for group in registry.symmetry_of(config).groups.values())
         peak = RUNTIME_BYTES + LEAVES * largest + TABLES * 4 * group**2

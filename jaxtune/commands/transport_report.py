@@ -30,6 +30,8 @@ def _rows(report):
         rows += evidence_rows(report["evidence"], report["equivalence"])
     if report["evidence"] and report["equivalence"] is None and "num_sweeps" in report["info"]:
         rows.append({"what": "moved old base against old base", "value": "not checked: no network holds it"})
+    if report["info"].get("full_refused"):
+        rows.append({"what": "full was no candidate", "value": report["info"]["full_refused"]})
     if report["info"].get("lost"):
         worst, share = max(report["info"]["lost"].items(), key=lambda item: item[1])
         rows.append({"what": "lost on the way back, at most", "value": f"{percent(share)} ({worst})"})
