@@ -1,5 +1,7 @@
 """T5: one stream for both stacks, one order of heads a stack, and nothing larger."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,12 @@ from group_laws import check_group_laws
 from small_models import FAST, difference, outputs_of, random_params, run, shapes_of
 
 from jaxtune import symmetry, tree
-from jaxtune.errors import ConfigError, UnknownNameError
+from jaxtune.errors import ConfigError, SpecError, UnknownNameError
 from jaxtune.models import registry, t5
+from jaxtune.symmetry import canonical
 from jaxtune.symmetry.element import apply_to_leaf
+from jaxtune.transport.full import prepare_full
+from jaxtune.transport.prepared import apply_transport
 
 SIZES = {"vocab_size": 31, "width": 24, "depth": 2, "num_heads": 4, "head_width": 5, "mlp_width": 28}
 SIZES |= {"num_buckets": 8, "max_distance": 12}
@@ -276,3 +281,57 @@ class TestNetwork:
     def test_configs_that_make_no_sense_are_refused(self, fields, message):
         with pytest.raises(ConfigError, match=message):
             t5.Config(**{**SIZES, **fields})
+
+
+class TestFolded:
+    """Gains folded into their readers: the stream turns by any rotation."""
+
+    @pytest.fixture(autouse=True)
+    def in_float64(self, float64):
+        pass
+
+    def fold(self, name, key):
+        """(config that holds folded weights, folded spec, folded weights, outputs before)."""
+        config, spec = CONFIGS[name], registry.symmetry_of(CONFIGS[name])
+        params = random_params(config)
+        folded = canonical.fold(spec, params)
+        return replace(config, tied=False), canonical.canonical_spec(spec), folded, params
+
+    def as_network(self, config, folded):
+        """Gains of one in the place of those that are folded away."""
+        leaves = tree.flatten(folded)
+        return tree.map_leaves(lambda path, leaf: leaves.get(path, np.ones(leaf.shape)), shapes_of(config))
+
+    @pytest.mark.parametrize("name", ["v1.0", "v1.1"])
+    def test_folding_and_any_rotation_leave_the_function_alone(self, name, key):
+        config, spec, folded, params = self.fold(name, key)
+        batch = batch_of(config)
+        before = outputs_of(CONFIGS[name], params, batch)
+        assert difference(outputs_of(config, self.as_network(config, folded), batch), before) < EXACT64
+        assert spec.groups["stream"].kind == "orthogonal"
+        moved = symmetry.apply(spec, symmetry.random(key, spec), folded)
+        assert difference(outputs_of(config, self.as_network(config, moved), batch), before) < EXACT64
+
+    def test_one_stack_alone_does_not_turn(self, key):
+        config, spec, folded, params = self.fold("v1.1", key)
+        batch = batch_of(config)
+        element = symmetry.identity(spec) | {"stream": symmetry.random(key, spec)["stream"]}
+        moved = tree.map_leaves(
+            lambda path, leaf: leaf if path.startswith("decoder") else apply_to_leaf(spec, element, path, leaf), folded
+        )
+        changed = outputs_of(config, self.as_network(config, moved), batch)
+        assert difference(changed, outputs_of(CONFIGS["v1.1"], params, batch)) > WRONG
+
+    def test_a_planted_rotation_is_found_and_carries_a_fine_tune_whole(self, key):
+        config, spec, folded, source = self.fold("v1.1", key)
+        own = registry.symmetry_of(config)
+        target = canonical.realise(own, symmetry.apply(spec, symmetry.random(key, spec), folded), source)
+        tuned = tree.map_leaves(lambda _, a, b: a + 0.1 * b, source, random_params(config, seed=5))
+        result = prepare_full(key, lambda: own, source, tuned, target)
+        batch, params = batch_of(config), apply_transport(result, target)
+        expected = outputs_of(config, tuned, batch)
+        assert difference(outputs_of(config, params, batch), expected) < 1e-5
+
+    def test_without_a_head_it_is_refused(self):
+        with pytest.raises(SpecError, match="no canonical form"):
+            canonical.canonical_spec(registry.symmetry_of(CONFIGS["pair"]))

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.models.t5.config import Config
+from jaxtune.models.t5.form import declare_form
 from jaxtune.models.t5.leaves import head_of, list_leaves, stream_of
 from jaxtune.symmetry import Group, Spec, make_spec
 
@@ -40,7 +41,7 @@ def symmetry(config: Config, *, scales: Scales = "fixed") -> Spec:
         )
     axes = {leaf.path: leaf.owners for leaf in list_leaves(config)}
     junctions = ["stream"] if stream_of(config) else []
-    return make_spec(_list_groups(config, scales), axes, junctions=junctions)
+    return make_spec(_list_groups(config, scales), axes, junctions=junctions, form=declare_form(config))
 
 
 def _list_groups(config: Config, scales: str) -> Iterator[Group]:
