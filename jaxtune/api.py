@@ -4,6 +4,7 @@ A model is a checkpoint, as `jt.load` gives, the path of one, or a bare tree of 
 architecture comes from `config` (a model config, or its dict) or from a ready `spec`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,12 +33,12 @@ from jaxtune.lazy import is_lazy
 from jaxtune.loading import Model, load, network_of, open_models, share_vocabulary
 from jaxtune.models import registry
 from jaxtune.rng import named_key
-from jaxtune.symmetry import Spec
+from jaxtune.symmetry import Spec, canonical
 from jaxtune.transport.expectation import expect_recovery
 from jaxtune.transport.prepared import Prepared, Symmetry, apply_transport
 from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
 from jaxtune.transport.registry import prepare_transport
-from jaxtune.tree import check_finite, flatten
+from jaxtune.tree import check_finite, flatten, unflatten
 
 EXAMPLES = 32  # inputs of the equivalence check
 FEW_EXAMPLES = 4  # of networks that are read part by part, whose outputs alone can take gigabytes
@@ -214,6 +215,8 @@ def transport(
             element = match_weights(named_key(key, "compare"), spec, ours, theirs).element
         elif prepared.realise is not None:
             equivalence = _equivalence(key, config, spec, element, source, prepared.fold, prepared.realise)
+        elif spec.form is not None and spec.form.tie and not spec.form.entries:
+            equivalence = _equivalence_untied(key, config, spec, element, source)
         evidence = judge_match(named_key(key, "evidence"), spec, ours, theirs, element)
     params = apply_transport(prepared, target, scale)
     check_finite("the result", params)
@@ -273,6 +276,17 @@ def _symmetry(config, spec) -> Symmetry:
 
 def _fixed_spec(params):
     return symmetry.make_spec([], {path: (None,) * np.ndim(leaf) for path, leaf in flatten(params).items()})
+
+
+def _equivalence_untied(key, config, spec, element, source):
+    """The same for folded weights of a tied table, which are those of the network with a readout of its own."""
+    if config is None:
+        return None
+    own = dataclasses.replace(config, tied=False)
+    own_spec, leaves, tie = registry.symmetry_of(own), flatten(source), spec.form.tie
+    source = unflatten({**leaves, tie.readout: np.asarray(leaves[tie.table]).T})
+    fold, realise = (functools.partial(call, own_spec) for call in (canonical.fold, canonical.realise))
+    return _equivalence(key, own, spec, element, source, fold, realise)
 
 
 def _equivalence(key, config, spec, element, source, fold=lambda params: params, realise=lambda params, like: params):
