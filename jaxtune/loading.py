@@ -127,9 +127,10 @@ def check_same_architecture(models: Mapping[str, Checkpoint], *, roles_with_own_
         if name in roles_with_own_words:
             both = tuple(map(registry.without_vocabulary, both))
         theirs, ours = (_flat_config(registry.config_to_dict(one)) for one in both)
+        fields = ["model_type"] if theirs["model_type"] != ours["model_type"] else sorted(ours.keys() | theirs.keys())
         lines = [
             f"  {field}: {name} {theirs.get(field)!r}, {last} {ours.get(field)!r}"
-            for field in sorted(ours.keys() | theirs.keys())
+            for field in fields
             if ours.get(field) != theirs.get(field)
         ]
         if lines:
