@@ -7,19 +7,19 @@ and independent weights. Every row is a process of its own with one LAPACK threa
 "first" holds the compilation, "warm" repeats the call; both block on the result. Memory is the process's peak
 over the runtime with JAX started, first of all, then over that with both networks loaded.
 
-Measured 2026-11-21 on two CPU cores, background work paused, jax 0.10.2, numpy 2.4.6, float32; seconds and MiB:
+Measured 2026-11-21 on two CPU cores, jax 0.10.2, numpy 2.4.6, float32; seconds and MiB:
 
     row                      first   warm  sweeps  over bare  over loaded  recovered  plain loop, 2 sweeps
-    planted/weights            4.5    3.9       1        959          301      100 %                  10.4
-    planted/transfusion        5.0    4.0       2       1088          429      100 %                  25.0
-    planted/full              19.4   18.8       2       1104          445      100 %
-    independent/weights        7.0    6.4       1        955          296                             22.2
-    independent/transfusion   17.8   16.8      11       1189          531                             25.6
-    independent/full          58.9   57.3       9       1125          466
+    planted/weights           4.8    4.2       1        897          240      100 %                 10.63
+    planted/transfusion       5.7    4.1       2        934          277      100 %                 25.11
+    planted/full             19.9   17.8       2       1034          377      100 %
+    independent/weights       7.2    6.6       1        895          238                            22.38
+    independent/transfusion  19.5   16.6      11        995          338                            26.22
+    independent/full         75.4   73.9      12       1025          368
 
 The plain loops were stopped after two sweeps, before their end. Both networks are 658 MiB of the first column of
-memory. Part of the second is freed memory that glibc keeps: with MALLOC_MMAP_THRESHOLD_=1048576 in the environment
-independent/transfusion takes 939 MiB over the bare runtime and 20.3 s, independent/full 956 MiB and 67.9 s.
+memory. independent/full varies with what else the machine does: 63 to 75 s were seen on one day, in 101 to 108 s of
+processor time.
 """
 
 import argparse
@@ -43,8 +43,10 @@ from jaxtune import symmetry, tree
 from jaxtune.align import assignment
 from jaxtune.align.registry import METHODS
 from jaxtune.align.weights import match_weights
+from jaxtune.cli import prepare_process
 from jaxtune.models import registry, vit
 from jaxtune.symmetry import canonical
+from jaxtune.transport.registry import METHODS as TRANSPORTS
 
 ROWS = [f"{case}/{method}" for case in ("planted", "independent") for method in ("weights", "transfusion", "full")]
 
@@ -206,7 +208,8 @@ LOOPS = {"weights": loop_permutations, "transfusion": loop_transfusion, "full": 
 
 def options_of(method):
     """What `transport` asks of the search by default."""
-    return {"head_cost": "circuit", "weighting": "unit", "tolerance": 1e-3} if method == "full" else {}
+    defaults = TRANSPORTS["full"].options
+    return {name: defaults[name] for name in ("head_cost", "weighting", "tolerance")} if method == "full" else {}
 
 
 def spec_of(config, method):
@@ -242,7 +245,8 @@ def megabytes(field):
 
 
 def measure(config, case, method, folder, *, loop_sweeps):
-    """One row, in this process and no other; the networks lie in `folder`."""
+    """One row, in this process and no other, set up as by the command line; the networks lie in `folder`."""
+    prepare_process()
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.float32(1)))
     bare = megabytes("VmRSS")
     target, source = (tree.unflatten(dict(np.load(folder / f"{name}.npz"))) for name in ("target", "source"))
