@@ -18,7 +18,7 @@ Measured 2026-11-21 on two CPU cores, jax 0.10.2, numpy 2.4.6, float32; seconds 
     independent/full         75.4   73.9      12       1025          368
 
 The plain loops were stopped after two sweeps, before their end. Both networks are 658 MiB of the first column of
-memory. independent/full varies with what else the machine does: 63 to 75 s were seen on one day, in 101 to 108 s of
+memory. independent/full varies with what else the machine does: 69 to 75 s were seen on one day, in 107 s of
 processor time.
 """
 
