@@ -1,0 +1,202 @@
+"""Views of leaves that are in memory, and any method on whole trees of them."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtune.errors import TreeMismatchError
+from jaxtune.lazy import read
+from jaxtune.merge.method import Method
+from jaxtune.merge.options import check_options
+from jaxtune.merge.random_bits import make_stream
+from jaxtune.merge.view import Elements, Rank, View
+from jaxtune.tree import check_same, flatten, is_float, unflatten
+from jaxtune.types import Leaf, Params
+
+RUN = 1 << 16  # elements that are summed in one piece: part of what decides the last bit of a sum
+
+
+class ArrayView(View):
+    """Leaves in memory: one, or for a method of scope "model" all of them, one after another.
+
+    Args:
+        names: Paths.
+        models: For every leaf one array a model.
+        bases: For every leaf that of the base, or None.
+        unit: As `Method.unit`.
+        input_axis: As `View.input_axis`.
+        seed: Of random bits.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        models: Sequence[Sequence[Leaf]],
+        bases: Sequence[Leaf | None],
+        *,
+        unit: str,
+        input_axis: int = 0,
+        seed: int = 0,
+    ):
+        self.name, self.input_axis, self.unit, self._seed = names[0], input_axis, unit, seed
+        self.num_models, self.has_base = len(models[0]), bases[0] is not None
+        self.xp = np if all(isinstance(leaf, np.ndarray) for leaf in models[0]) else _jax_numpy()
+        self.shape = models[0][0].shape if len(names) == 1 else (sum(math.prod(m[0].shape) for m in models),)
+        self._leaves = list(zip(names, models, bases, strict=True))
+
+    def reduce(self, function: Callable[..., Leaf], *numbers: Any, **constants: Any) -> Leaf:
+        """As `View.reduce`."""
+        parts = [function(run, *numbers, **constants) for leaf in range(len(self._leaves)) for run in self.runs(leaf)]
+        if self.xp is not np:
+            return functools.reduce(lambda a, b: a + b, parts)
+        stacked = np.stack([np.asarray(part, np.float64) for part in parts])
+        columns = stacked.reshape(len(parts), -1).T
+        return np.array([math.fsum(column) for column in columns]).reshape(stacked.shape[1:])
+
+    def rank_from_top(self, function: Callable[..., Leaf], count: Any, *numbers: Any, **constants: Any) -> Rank:
+        """As `View.rank_from_top`."""
+        values = [function(self.whole(leaf), *numbers, **constants).reshape(-1) for leaf in range(len(self._leaves))]
+        return rank_values(self.xp, self.xp.concatenate(values), count)
+
+    def whole(self, leaf: int) -> Elements:
+        """All elements of one leaf as one run."""
+        name, models, base = self._leaves[leaf]
+        start = sum(math.prod(models[0].shape) for _, models, _ in self._leaves[:leaf])
+        arrays = (*models, *(() if base is None else (base,)))
+        wide = functools.reduce(np.promote_types, [compute_dtype(array.dtype) for array in arrays])
+        arrays = [self._shape(array, wide) for array in arrays]
+        streams = tuple(make_stream(self._seed, model, name) for model in range(len(models)))
+        return Elements(self.xp, tuple(arrays[: len(models)]), arrays[-1] if base is not None else None, start, streams)
+
+    def runs(self, leaf: int):
+        """One leaf in runs of about `RUN` elements, whole rows; where JAX computes, and for leaves, in one."""
+        whole = self.whole(leaf)
+        first = whole.models[0]
+        if self.xp is not np or self.unit == "leaf" or first.size <= RUN:
+            yield whole
+            return
+        step = RUN if self.unit == "element" else max(1, RUN // first.shape[1])
+        for low in range(0, first.shape[0], step):
+            take = slice(low, low + step)
+            yield Elements(
+                np,
+                tuple(model[take] for model in whole.models),
+                None if whole.base is None else whole.base[take],
+                whole.start + low * (1 if self.unit == "element" else first.shape[1]),
+                whole.streams,
+            )
+
+    def fold_back(self, leaf: int, merged: Leaf) -> Leaf:
+        """What a method made of `whole(leaf)`, in the leaf's own shape."""
+        shape = self._leaves[leaf][1][0].shape
+        if self.unit != "row" or len(shape) < 2:
+            return merged.reshape(shape)
+        axis = self.input_axis % len(shape)
+        rest = [size for n, size in enumerate(shape) if n != axis]
+        return self.xp.moveaxis(merged.reshape(*rest, shape[axis]), -1, axis)
+
+    def _shape(self, array, wide):
+        # JAX has float64 only where it was asked for, and warns where it has not.
+        array = array.astype(wide, copy=False) if self.xp is np else array.astype(_canonical(wide))
+        if self.unit == "leaf":
+            return array
+        if self.unit == "element":
+            return array.reshape(-1)
+        if array.ndim < 2:
+            return array.reshape(1, -1)
+        moved = self.xp.moveaxis(array, self.input_axis, -1)
+        return moved.reshape(-1, moved.shape[-1])
+
+
+def rank_values(xp: Any, values: Leaf, count: Any) -> Rank:
+    """`View.rank_from_top` of values that are all here."""
+    size = values.shape[0]
+    order = xp.argsort(-values, stable=True) if xp is not np else np.argsort(-values, kind="stable")
+    # With count 0 nothing is kept: no value exceeds infinity.
+    at = xp.clip(xp.asarray(count) - 1, 0, max(size - 1, 0))
+    value = xp.where(xp.asarray(count) > 0, values[order[at]], xp.inf)
+    return Rank(value, xp.where(xp.asarray(count) > 0, order[at], -1))
+
+
+def merge_trees(
+    method: Method,
+    models: Sequence[Params],
+    base: Params | None = None,
+    *,
+    seed: int = 0,
+    input_axis: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """One model of several, leaf by leaf, in memory.
+
+    Args:
+        method: As the registry has it.
+        models: Trees of the same paths and shapes.
+        base: What the task vectors are counted from; None for methods without one.
+        seed: Of random methods.
+        input_axis: Axis of matrices that runs along their inputs: 0 in trees of ours, -1 in files of torch.
+        **options: The method's own, as recipes spell them; per-model ones as one value, or a sequence with one a model.
+
+    Returns:
+        The tree of the base (without one: of the first model), every leaf rounded once to its dtype there. Leaves that
+        are no floats are the base's and must be equal in all.
+
+    Raises:
+        TreeMismatchError: paths, shapes or integer leaves differ.
+        ConfigError: number of models, a base too many or too few, or an option's value makes no sense.
+        UnknownNameError: no such option.
+    """
+    named = {f"model {n}": model for n, model in enumerate(models)}
+    if base is not None:
+        named = {"base": base, **named}
+    check_same(named)
+    options = check_options(method, options, len(models), has_base=base is not None)
+    flats = [flatten(model) for model in models]
+    like = flats[0] if base is None else flatten(base)
+    paths = [path for path in like if is_float(like[path])]
+
+    def view_of(some):
+        leaves = [[read(flat[path]) for flat in flats] for path in some]
+        bases = [read(like[path]) if base is not None else None for path in some]
+        return ArrayView(some, leaves, bases, unit=method.unit, input_axis=input_axis, seed=seed)
+
+    merged = {path: _copy_equal(path, like, flats) for path in like if path not in paths}
+    groups = [paths] if options.get(method.scope_option) == "model" else [[path] for path in paths]
+    for some in filter(None, groups):
+        view = view_of(some)
+        combine = method.prepare(view, options)
+        for n, path in enumerate(some):
+            made = view.fold_back(n, combine(view.whole(n)))
+            merged[path] = made.astype(like[path].dtype)
+    return unflatten({path: merged[path] for path in like})
+
+
+def _copy_equal(path, like, flats):
+    for n, flat in enumerate(flats):
+        if not np.array_equal(np.asarray(like[path]), np.asarray(flat[path])):
+            raise TreeMismatchError(
+                f"{path}: {like[path].dtype} leaves are copied and not merged, and that of model {n} is another. "
+                "Make them equal, or leave the leaf out with tree.select."
+            )
+    return like[path]
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+    """float32 for bfloat16 and the float8 types, whose mantissa leaves it 16 bits to spare; float64 for the rest."""
+    dtype = np.dtype(dtype)
+    return np.dtype(np.float64 if dtype in (np.float16, np.float32, np.float64) else np.float32)
+
+
+def _jax_numpy():
+    import jax.numpy as jnp
+
+    return jnp
+
+
+def _canonical(dtype):
+    import jax
+
+    return jax.dtypes.canonicalize_dtype(dtype)

@@ -1,0 +1,153 @@
+"""What a merge method sees of one leaf of several models: runs of elements, sums over them, order statistics.
+
+A method is written once, against a `View`, and runs on arrays in memory (NumPy, or JAX under `jit`) as well as on
+files that are read piece by piece (`jaxtune.stream`): it asks the view for the few numbers that it needs of the whole
+leaf, and answers with a function of a run of elements.
+"""
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxtune.merge.random_bits import Stream, draw_uniform
+from jaxtune.types import Leaf
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Some elements of one leaf, in its order, of all models.
+
+    Attributes:
+        xp: `numpy` or `jax.numpy`: whichever the arrays belong to.
+        models: One array a model, in the dtype of the arithmetic.
+        base: The same of the base; None where the method has none.
+        start: Place of the first of them in the flattened leaf (of a view of many leaves: in all of them), an integer.
+        streams: One stream of random bits a model.
+
+    Shapes:
+        models[k], base: [num_elements] for a method of unit "element"; [num_rows, row_length] for "row"; the leaf's own
+            for "leaf".
+    """
+
+    xp: Any
+    models: tuple[Leaf, ...]
+    base: Leaf | None
+    start: Any
+    streams: tuple[Stream, ...]
+
+    @functools.cached_property
+    def deltas(self) -> tuple[Leaf, ...]:
+        """The task vectors: every model minus the base."""
+        return tuple(model - self.base for model in self.models)
+
+    def uniform(self, model: int) -> Leaf:
+        """Numbers in [0, 1) of one model, which depend on seed, model, leaf and element alone; float32."""
+        return draw_uniform(self.xp, self.streams[model], self.start, self.models[model].shape)
+
+    @functools.cached_property
+    def index(self) -> Leaf:
+        """Place of each element in the flattened leaf (of a view of many leaves: in all of them), an integer."""
+        shape = self.models[0].shape
+        wide = self.xp.arange(math.prod(shape), dtype=np.int64 if self.xp is np else None)
+        return (wide + self.start).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Combine:
+    """What a method makes of a leaf: a function of a run of elements, and the numbers it found out before.
+
+    Attributes:
+        function: (elements, *numbers) -> array of the run's shape. A function of a module and no closure: it is
+            compiled once and gets the numbers of every leaf as arguments.
+        numbers: Scalars and small arrays.
+        constants: Keyword arguments that are compiled in: flags, names, counts.
+    """
+
+    function: Callable[..., Leaf]
+    numbers: tuple[Any, ...] = ()
+    constants: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, elements: Elements) -> Leaf:
+        """The merged elements."""
+        return self.function(elements, *self.numbers, **dict(self.constants))
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The element at a rank among values that are ordered by size, equal values by place, first of all the earliest.
+
+    Attributes:
+        value: The value at that rank; infinite where none is asked for.
+        last: Place of the last element of this very value that is within the rank.
+    """
+
+    value: Any
+    last: Any
+
+    def keeps(self, values: Leaf, index: Leaf) -> Leaf:
+        """Which elements are within the rank: exactly as many as were asked for."""
+        return (values > self.value) | ((values == self.value) & (index <= self.last))
+
+
+class View(ABC):
+    """One leaf of several models (for a method of scope "model": all leaves of them, one after another).
+
+    Attributes:
+        name: Path of the leaf, or name of the tensor.
+        shape: Of the leaf.
+        num_models: Without the base.
+        has_base: Whether there is one.
+        input_axis: Axis that runs along the inputs of a matrix: -1 in files of torch, 0 in our trees.
+        xp: `numpy` or `jax.numpy`: of numbers about the whole leaf.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_models: int
+    has_base: bool
+    input_axis: int
+    xp: Any
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @abstractmethod
+    def reduce(self, function: Callable[..., Leaf], *numbers: Any, **constants: Any) -> Leaf:
+        """Sum over runs of `function(elements, *numbers, **constants)`, an array of any one shape.
+
+        The runs, and with them the last bit, depend on the leaf alone: not on memory, threads or devices. Sums inside
+        `function` accumulate in float64 where the view is NumPy's (`sum_wide`).
+        """
+
+    @abstractmethod
+    def rank_from_top(self, function: Callable[..., Leaf], count: Any, *numbers: Any, **constants: Any) -> Rank:
+        """The `count` largest of `function(elements, *numbers, **constants)`, one value >= 0 an element.
+
+        Equal values count in the order of their place, so that exactly `count` are within the rank; with 0 none is.
+        """
+
+
+def sum_wide(elements: Elements, values: Leaf) -> Leaf:
+    """Sum of one array, in float64 where that costs nothing more than time."""
+    return elements.xp.sum(values, dtype=np.float64 if elements.xp is np else None)
+
+
+def gram(elements: Elements, of: str = "models") -> Leaf:
+    """Inner products of the models ("models"), of the task vectors ("deltas") or of base and models ("all").
+
+    Shapes:
+        result: float64[k, k], symmetric; "all" has the base first.
+    """
+    arrays: Sequence[Leaf] = {"models": lambda: elements.models, "deltas": lambda: elements.deltas}.get(
+        of, lambda: (elements.base, *elements.models)
+    )()
+    xp, n = elements.xp, len(arrays)
+    entries = {(i, j): sum_wide(elements, arrays[i] * arrays[j]) for i in range(n) for j in range(i, n)}
+    return xp.stack([xp.stack([entries[min(i, j), max(i, j)] for j in range(n)]) for i in range(n)])

@@ -1,0 +1,1 @@
+"""Merge recipes: read, checked and resolved to what happens to every tensor."""
