@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxtune.adapters.binding import Matrix
 from jaxtune.errors import SpecError
-from jaxtune.symmetry.canonical import GAIN_FLOOR
 from jaxtune.symmetry.spec import Spec
+from jaxtune.symmetry.unfolding import GAIN_FLOOR
 from jaxtune.types import Leaf
 
 INSTEAD = "Move the weights instead, and cut the adapter out of them (`extract_adapter`), or ask for full weights."

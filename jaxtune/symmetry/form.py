@@ -24,6 +24,11 @@ class Norm:
     readers: tuple[Reader, ...]
     counts_from_one: bool = False
 
+    @property
+    def keeps_offset(self) -> bool:
+        """Whether the offset stays where it is, as a reader has no bias to take it."""
+        return self.bias is not None and any(reader.bias is None for reader in self.readers)
+
 
 @dataclass(frozen=True)
 class EntryNorm:
@@ -96,3 +101,11 @@ class Form:
     is_centred: bool = True
     tie: Tie | None = None
     gains: tuple[BranchGain, ...] = ()
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Leaves of the network that folded weights have no use for."""
+        gains = {one.scale for one in (*self.norms, *self.gains)}
+        offsets = {norm.bias for norm in self.norms if norm.bias is not None and not norm.keeps_offset}
+        biases = {path for attention in self.attentions for path in (attention.v_bias, attention.k_bias) if path}
+        return frozenset(gains | offsets | biases)

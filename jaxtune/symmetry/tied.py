@@ -10,22 +10,27 @@ MAX_ROUNDS = 300
 TOLERANCE = 1e-12
 
 
-class Untied(NamedTuple):
-    """The table and the gain that come closest to two wishes.
-
-    Attributes:
-        table, gain: As they shall be.
-        lost_table, lost_readout: Norm of what is missing of either wish.
-    """
+class Wishes(NamedTuple):
+    """What some rows of the table shall write and read, float64[rows, width] each."""
 
     table: np.ndarray
+    readout: np.ndarray
+
+
+class Gain(NamedTuple):
+    """What the readout is multiplied by.
+
+    Attributes:
+        gain: float64[width].
+        unit: Length of the table over that of the readout: either wish counts by its own size.
+    """
+
     gain: np.ndarray
-    lost_table: float
-    lost_readout: float
+    unit: float
 
 
-def tie_again(table: np.ndarray, readout: np.ndarray, gain: np.ndarray, *, is_centred: bool, keep_gain: bool) -> Untied:
-    """Minimises `|X C - table|^2 / |table|^2 + |X diag(t) - readout|^2 / |readout|^2`.
+def fit_gain(wishes: Wishes, sizes: tuple[float, float], gain: np.ndarray, *, is_centred: bool, keeps: bool) -> Gain:
+    """The gain t that minimises `|X C - table|^2 / |table|^2 + |X diag(t) - readout|^2 / |readout|^2` over X and t.
 
     C takes the mean of each row away where `is_centred`, else it does nothing. Either wish counts by its own size, so
     that large gains do not drown what the table writes. Without a mean to find, each channel is a problem of its own:
@@ -33,21 +38,29 @@ def tie_again(table: np.ndarray, readout: np.ndarray, gain: np.ndarray, *, is_ce
     With one, table and gain take turns.
 
     Args:
-        table, readout: What the table shall write and read, float[vocab, width] each.
-        gain: Where `t` starts; float[width].
-        is_centred: Whether the mean of what the table writes is never seen; `table` has then none.
-        keep_gain: Whether `t` stays what it is.
+        wishes: Of `sample_rows` of the table; what it shall write has no mean where that is never seen.
+        sizes: Norms of both wishes over the whole table.
+        gain: Where `t` starts; float64[width].
+        is_centred: Whether the mean of what the table writes is never seen.
+        keeps: Whether `t` stays what it is.
     """
-    sizes = float(np.linalg.norm(table)), float(np.linalg.norm(readout))
     unit = sizes[0] / sizes[1] if all(sizes) else 1.0
-    scaled = gain * unit
-    if not keep_gain:
-        rows = slice(None, None, -(-len(table) // MAX_ROWS))
-        scaled = (_turn_by_turn if is_centred else _channel_by_channel)(table[rows], unit * readout[rows], scaled)
-        gain = scaled / unit
-    found = _solve_table(table, unit * readout, scaled, is_centred)
+    if keeps:
+        return Gain(gain, unit)
+    fit = _turn_by_turn if is_centred else _channel_by_channel
+    return Gain(fit(wishes.table, unit * wishes.readout, gain * unit) / unit, unit)
+
+
+def fit_rows(wishes: Wishes, gain: Gain, *, is_centred: bool) -> tuple[np.ndarray, Wishes]:
+    """Rows of the table that come closest for a gain, and what of either wish they miss."""
+    found = _solve_table(wishes.table, gain.unit * wishes.readout, gain.gain * gain.unit, is_centred)
     written = found - found.mean(axis=1, keepdims=True) if is_centred else found
-    return Untied(found, gain, float(np.linalg.norm(written - table)), float(np.linalg.norm(found * gain - readout)))
+    return found, Wishes(written - wishes.table, found * gain.gain - wishes.readout)
+
+
+def sample_rows(num_rows: int) -> slice:
+    """Rows that a gain is found on."""
+    return slice(None, None, max(1, -(-num_rows // MAX_ROWS)))
 
 
 def _channel_by_channel(table, readout, gain):
