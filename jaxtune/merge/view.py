@@ -18,13 +18,31 @@ from jaxtune.merge.random_bits import Stream, draw_uniform
 from jaxtune.types import Leaf
 
 
+class MadeOnUse(Sequence):
+    """A sequence whose items are made when they are asked for, and kept."""
+
+    def __init__(self, length: int, make: Callable[[int], Leaf]):
+        self._length, self._make, self._made = length, make, {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, n):
+        if isinstance(n, slice):
+            return tuple(self[k] for k in range(self._length)[n])
+        n = range(self._length)[n]
+        if n not in self._made:
+            self._made[n] = self._make(n)
+        return self._made[n]
+
+
 @dataclass(frozen=True)
 class Elements:
     """Some elements of one leaf, in its order, of all models.
 
     Attributes:
         xp: `numpy` or `jax.numpy`: whichever the arrays belong to.
-        models: One array a model, in the dtype of the arithmetic.
+        models: One array a model, in the dtype of the arithmetic; where they come from a file, read when asked for.
         base: The same of the base; None where the method has none.
         start: Place of the first of them in the flattened leaf (of a view of many leaves: in all of them), an integer.
         streams: One stream of random bits a model.
@@ -35,19 +53,24 @@ class Elements:
     """
 
     xp: Any
-    models: tuple[Leaf, ...]
+    models: Sequence[Leaf]
     base: Leaf | None
     start: Any
     streams: tuple[Stream, ...]
 
     @functools.cached_property
-    def deltas(self) -> tuple[Leaf, ...]:
-        """The task vectors: every model minus the base."""
-        return tuple(model - self.base for model in self.models)
+    def deltas(self) -> Sequence[Leaf]:
+        """The task vectors: every model minus the base; each is made when it is asked for."""
+        return MadeOnUse(len(self.models), lambda model: self.models[model] - self.base)
 
     def uniform(self, model: int) -> Leaf:
         """Numbers in [0, 1) of one model, which depend on seed, model, leaf and element alone; float32."""
         return draw_uniform(self.xp, self.streams[model], self.start, self.models[model].shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the arithmetic."""
+        return (self.models[0] if self.base is None else self.base).dtype
 
     @functools.cached_property
     def index(self) -> Leaf:
@@ -74,7 +97,8 @@ class Combine:
 
     def __call__(self, elements: Elements) -> Leaf:
         """The merged elements."""
-        return self.function(elements, *self.numbers, **dict(self.constants))
+        numbers = (weaken(number, elements) for number in self.numbers)
+        return self.function(elements, *numbers, **dict(self.constants))
 
 
 @dataclass(frozen=True)
@@ -132,6 +156,19 @@ class View(ABC):
 
         Equal values count in the order of their place, so that exactly `count` are within the rank; with 0 none is.
         """
+
+
+def weaken(number: Any, elements: Elements) -> Any:
+    """A number of NumPy that does not widen the elements it meets: what is known of a leaf is known in float64."""
+    if isinstance(number, tuple):
+        return tuple(weaken(one, elements) for one in number)
+    if isinstance(number, Rank):
+        return Rank(weaken(number.value, elements), number.last)
+    if isinstance(number, np.ndarray) and number.ndim and number.dtype == np.float64:
+        return number.astype(elements.dtype)
+    if isinstance(number, (np.ndarray, np.floating)) and number.dtype.kind == "f":
+        return float(number)
+    return number
 
 
 def sum_wide(elements: Elements, values: Leaf) -> Leaf:
