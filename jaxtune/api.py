@@ -284,7 +284,7 @@ def _equivalence_untied(key, config, spec, element, source):
         return None
     own = dataclasses.replace(config, tied=False)
     own_spec, leaves, tie = registry.symmetry_of(own), flatten(source), spec.form.tie
-    source = unflatten({**leaves, tie.readout: np.asarray(leaves[tie.table]).T})
+    source = unflatten({**leaves, tie.readout: leaves[tie.table].T})
     fold, realise = (functools.partial(call, own_spec) for call in (canonical.fold, canonical.realise))
     return _equivalence(key, own, spec, element, source, fold, realise)
 

@@ -42,6 +42,11 @@ class LazyLeaf:
         """Size of the array in bytes."""
         return self.size * self.dtype.itemsize
 
+    @property
+    def T(self) -> "LazyLeaf":
+        """The same with its axes in reverse, as lazy as before."""
+        return LazyLeaf(self.shape[::-1], self.dtype, lambda: self.read().T)
+
     def read(self) -> np.ndarray:
         """Makes the array; the caller owns it."""
         array = np.asarray(self._make())

@@ -73,7 +73,7 @@ def canonical_spec(spec: Spec) -> Spec:
     return make_spec(groups, axes, unmatched=spec.unmatched - gone, junctions=spec.junctions, form=form)
 
 
-def fold(spec: Spec, params: Params, *, dtype: type = np.float64) -> dict:
+def fold(spec: Spec, params: Params, *, dtype: type | None = None) -> dict:
     """The weights in canonical form; computes the same function, with norms that only normalise.
 
     Leaves keep their paths; a tied readout gets one of its own. Gains, hidden value and key biases are gone; the
@@ -84,14 +84,14 @@ def fold(spec: Spec, params: Params, *, dtype: type = np.float64) -> dict:
     Args:
         spec: Symmetry of the network, not of its canonical form.
         params: Its weights.
-        dtype: Of the result; each leaf is computed in float64.
+        dtype: Of the result, None: float64 where a leaf is, else float32. Each leaf is computed in float64.
 
     Raises:
         SpecError: the family declares no form, or a gain is zero before a reader without a bias that an offset
             would need.
     """
     leaves = flatten(params)
-    folding = Folding(_form_of(spec), leaves, dtype)
+    folding = Folding(_form_of(spec), leaves, dtype or _wide_dtype(leaves))
     folding.check_gains()
     is_deferred = _has_lazy(leaves)
 
@@ -129,7 +129,7 @@ def can_realise(form: Form) -> bool:
     return not form.entries and form.tie is None
 
 
-def unfold(spec: Spec, vector: Params, base: Params, *, dtype: type = np.float64) -> Unfolded:
+def unfold(spec: Spec, vector: Params, base: Params, *, dtype: type | None = None) -> Unfolded:
     """A change of folded weights as a change of `base`'s own: folding `base + change` adds `vector`.
 
     Exact up to what `lost` says. Gains stay as they are: what fine-tuning did to a gain is in its readers. Only the
@@ -140,13 +140,13 @@ def unfold(spec: Spec, vector: Params, base: Params, *, dtype: type = np.float64
         spec: Symmetry of the network, not of its canonical form.
         vector: Difference of two folded trees.
         base: The network that takes the change.
-        dtype: Of the result; each leaf is computed in float64.
+        dtype: Of the result, None: float64 where a leaf is, else float32. Each leaf is computed in float64.
 
     Raises:
         SpecError: the family declares no form.
     """
     change, leaves = flatten(vector), flatten(base)
-    unfolding = Unfolding(_form_of(spec), change, leaves, dtype)
+    unfolding = Unfolding(_form_of(spec), change, leaves, dtype or _wide_dtype(change | leaves))
     is_deferred = _has_lazy(change) or _has_lazy(leaves)
 
     def make(path):
@@ -167,6 +167,10 @@ def _form_of(spec) -> Form:
     if not spec.is_exact:
         raise SpecError('folded weights need one stream for the whole stack: the symmetry with junctions="shared".')
     return spec.form
+
+
+def _wide_dtype(leaves):
+    return np.float64 if any(leaf.dtype == np.float64 for leaf in leaves.values()) else np.float32
 
 
 def _has_lazy(leaves):

@@ -7,7 +7,6 @@ import numpy as np
 
 from jaxtune.align.evidence import judge_match, measure_residual
 from jaxtune.errors import SpecError
-from jaxtune.lazy import is_lazy
 from jaxtune.rng import named_key
 from jaxtune.symmetry import element as elements
 from jaxtune.symmetry.kinds import kind_of
@@ -17,10 +16,6 @@ from jaxtune.transport.permutation import prepare_permutation
 from jaxtune.transport.prepared import Prepared, Symmetry
 from jaxtune.tree import flatten, is_float, map_leaves
 from jaxtune.types import Params
-
-FOLDING_HOLDS = (
-    "weights are read leaf by leaf, and folding holds whole networks in float32: ask for method full where they fit"
-)
 
 
 def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, target: Params) -> Prepared:
@@ -42,7 +37,7 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
     Returns:
         The chosen method's own; `info` has "chosen", the "residuals" of all candidates, the lineage ("because"),
         "saved" and "saved_of_noise" (shares of the residual, where noise was asked) and, where the weights cannot
-        be folded or are too large for it (lazy), why ("full_refused").
+        be folded, why ("full_refused").
 
     Raises:
         TreeMismatchError, SpecError, NonFiniteError: as `prepare_permutation`.
@@ -55,9 +50,7 @@ def prepare_auto(key, symmetry: Symmetry, source: Params, finetuned: Params, tar
     lineage = judge_match(named_key(key, "evidence"), permuted.spec, target, source, permuted.element).lineage
     simple = {"identity": source, "permutation": elements.apply(permuted.spec, permuted.element, source)}
     judge, refused = permuted, None
-    if any(map(is_lazy, flatten(target).values())):
-        refused = FOLDING_HOLDS
-    elif permuted.spec.form is not None and lineage.verdict != "same":
+    if permuted.spec.form is not None and lineage.verdict != "same":
         try:
             judge = candidates["full"] = prepare_full(named_key(key, "full"), symmetry, source, finetuned, target)
         except SpecError as error:  # weights that cannot be folded, as behind a gain of exactly zero

@@ -9,7 +9,7 @@ from jaxtune.symmetry import canonical
 from jaxtune.symmetry import element as elements
 from jaxtune.transport.prepared import Prepared, Symmetry
 from jaxtune.transport.trust import check_trust, weigh_by_trust
-from jaxtune.tree import check_finite, check_same, flatten, map_leaves, task_vector
+from jaxtune.tree import check_finite, check_same, map_leaves, task_vector
 from jaxtune.types import Params
 
 
@@ -31,7 +31,8 @@ def prepare_full(
 
     All three networks are folded (`symmetry.canonical`): there the stream may turn by any rotation that keeps
     the ones vector and every head by any invertible map, and `g(finetuned) - g(source)` is the moved update.
-    It is written back into the target's own form, gains as they are.
+    It is written back into the target's own form, gains as they are. Lazy networks (`jaxtune.lazy`) are folded, matched
+    and written leaf by leaf.
 
     Args:
         key: Orders the groups in restarts.
@@ -62,9 +63,7 @@ def prepare_full(
     for name, params in (("source", source), ("finetuned", finetuned), ("target", target)):
         check_finite(name, params)
     folded_spec = canonical.canonical_spec(spec)
-    is_wide = any(leaf.dtype == np.float64 for tree in (source, target) for leaf in flatten(tree).values())
-    dtype = np.float64 if is_wide else np.float32
-    folded = {name: canonical.fold(spec, tree, dtype=dtype) for name, tree in (("source", source), ("target", target))}
+    folded = {name: canonical.fold(spec, params) for name, params in (("source", source), ("target", target))}
     result = match_weights(
         key,
         folded_spec,
@@ -78,20 +77,25 @@ def prepare_full(
     )
 
     def move(finetuned):
-        change = task_vector(folded["source"], canonical.fold(spec, finetuned, dtype=dtype))
+        change = task_vector(folded["source"], canonical.fold(spec, finetuned))
         change = elements.apply(folded_spec, result.element, change)
         change, factors = weigh_by_trust(
             folded_spec, result.element, change, folded["target"], folded["source"], trust=trust
         )
-        moved = canonical.unfold(spec, change, target, dtype=dtype)
-        return map_leaves(lambda _, leaf: leaf.astype(_narrow(leaf)), moved.task_vector), moved.lost, factors
+        moved = canonical.unfold(spec, change, target)
+        narrow = map_leaves(
+            lambda _, leaf: leaf.astype(_narrow(leaf), copy=False),
+            moved.task_vector,
+            dtype=lambda _, leaf: _narrow(leaf),
+        )
+        return narrow, moved.lost, factors
 
     moved, lost, factors = move(finetuned)
     return Prepared(
         task_vector=moved,
         spec=folded_spec,
         element=result.element,
-        fold=lambda params: canonical.fold(spec, params),
+        fold=functools.partial(canonical.fold, spec),
         # A folded entry norm is a matrix and a tied table two leaves, for which a network of the family has no place.
         realise=functools.partial(canonical.realise, spec) if canonical.can_realise(spec.form) else None,
         info={
