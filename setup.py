@@ -14,7 +14,7 @@ version = next(
 REPORT = ["matplotlib>=3.8", "tensorboardX>=2.6.2"]
 # What parity with other libraries is tested against; nothing of ours imports them. One version of torch, so that an
 # index of CPU builds can decide which build it is.
-ORACLES = ["torch==2.13.0", "transformers>=5.0", "peft>=0.17"]
+ORACLES = ["torch==2.13.0", "transformers>=5.0", "peft>=0.17", "mergekit==0.1.5"]
 TFDS = ["tensorflow-datasets>=4.9.7", "grain>=0.2.7"]
 
 setup(
@@ -36,6 +36,7 @@ setup(
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "scipy>=1.13",
+        "PyYAML>=6",
     ],
     extras_require={
         "report": REPORT,

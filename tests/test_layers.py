@@ -35,6 +35,8 @@ for room in ("stream", "train", "evaluate"):
 # Factors of a stored tensor (checkpoint) move as the leaves that its key table says (models, symmetry).
 MAY_IMPORT["adapters"] = (*GROUND, "symmetry", "models", "checkpoint")
 MAY_IMPORT["loading"] = (*GROUND, "symmetry", "models", "checkpoint", "transport")  # where the two meet
+# What a recipe asks for of which stored tensors: planned from headers, so the room opens checkpoints and knows methods.
+MAY_IMPORT["recipes"] = (*MAY_IMPORT["loading"], "loading", "adapters", "merge")
 MAY_IMPORT["adapting"] = (*MAY_IMPORT["loading"], "loading", "adapters")
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate")
 for room in ("api", "commands", "demo", "cli", "__init__", "__main__"):
@@ -45,6 +47,7 @@ for room in ("api", "commands", "demo", "cli", "__init__", "__main__"):
         "adapters",
         "loading",
         "adapting",
+        "recipes",
         "report",
         "api",
         "commands",
@@ -66,6 +69,8 @@ OUTSIDE = {
     "matplotlib": {"report", "data"},
     "PIL": {"data"},
     "tensorboardX": {"train"},
+    "yaml": {"recipes"},
+    "mergekit": set(),
     "absl": set(),
     "ml_collections": {"demo"},
     "torch": set(),

@@ -1,0 +1,38 @@
+"""Keys and methods of other programs' recipes, each with the reason why it is not read here."""
+
+_EVOLVE = "it belongs to a search over recipes (mergekit-evolve). Give the recipe that the search found."
+_EXPERTS = "it builds a mixture of experts (mergekit-moe), which makes a new network and merges nothing."
+
+REFUSED_KEYS: dict[str, str] = {
+    "genome": _EVOLVE,
+    "tasks": _EVOLVE,
+    "limit": _EVOLVE,
+    "num_fewshot": _EVOLVE,
+    "experts": _EXPERTS,
+    "gate_mode": _EXPERTS,
+    "experts_per_token": _EXPERTS,
+    "shared_experts": _EXPERTS,
+    "positive_prompts": _EXPERTS,
+    "layer_slices": "it is bakllama's, the forerunner of slices. Write slices with sources and layer_range.",
+    "embedding_source": "it is bakllama's. Embeddings come from the first slice.",
+    "lm_head_source": "it is bakllama's. The head comes from the last slice.",
+    "ranked_ties": "it is of a fork of mergekit and has no published definition. Use the method ties.",
+    "metric_method": "it is of a fork of mergekit and has no published definition. Name weights, one a model.",
+    "architecture": "the architecture comes from the config.json of the models.",
+    "merge_options": "options of the engine are given on the command line.",
+    "merges": "one merge a document; put '---' between them.",
+    "int8_mask": "it is a parameter: write it under 'parameters'.",
+    "density": "it is a parameter: write it under 'parameters'.",
+    "weight": "it is a parameter: write it under 'parameters' of a model.",
+    "normalize": "it is a parameter: write it under 'parameters'.",
+    "lambda": "it is a parameter: write it under 'parameters'.",
+    "t": "it is a parameter: write it under 'parameters'.",
+}
+
+REFUSED_METHODS: dict[str, str] = {
+    "ranked_ties": "it is of a fork of mergekit and has no published definition. Use ties.",
+    "metric_method": "it is of a fork of mergekit and has no published definition. Use linear with weights.",
+    "task_swapping": "it is of a fork of mergekit. A negative weight with task_arithmetic takes a task out.",
+    "geometric_median": "it is sd-mecha's and not made yet. Use karcher or linear.",
+    "moe": "it makes a new network and merges nothing.",
+}
