@@ -114,9 +114,11 @@ class ArrayView(View):
 def rank_values(xp: Any, values: Leaf, count: Any) -> Rank:
     """`View.rank_from_top` of values that are all here."""
     size = values.shape[0]
+    if size == 0:
+        return Rank(xp.asarray(xp.inf), xp.asarray(-1))
     order = xp.argsort(-values, stable=True) if xp is not np else np.argsort(-values, kind="stable")
     # With count 0 nothing is kept: no value exceeds infinity.
-    at = xp.clip(xp.asarray(count) - 1, 0, max(size - 1, 0))
+    at = xp.clip(xp.asarray(count) - 1, 0, size - 1)
     value = xp.where(xp.asarray(count) > 0, values[order[at]], xp.inf)
     return Rank(value, xp.where(xp.asarray(count) > 0, order[at], -1))
 
@@ -161,7 +163,7 @@ def merge_trees(
     def view_of(some):
         leaves = [[read(flat[path]) for flat in flats] for path in some]
         bases = [read(like[path]) if base is not None else None for path in some]
-        return ArrayView(some, leaves, bases, unit=method.unit, input_axis=input_axis, seed=seed)
+        return ArrayView(some, leaves, bases, unit=method.unit_of(options), input_axis=input_axis, seed=seed)
 
     merged = {path: _copy_equal(path, like, flats) for path in like if path not in paths}
     groups = [paths] if options.get(method.scope_option) == "model" else [[path] for path in paths]

@@ -41,7 +41,31 @@ def check_options(
             raise ConfigError(f"{name} needs the option {option!r}; there is no default.")
         if option in method.per_model:
             full[option] = _per_model(name, option, value, num_models)
+    if method.check is not None:
+        method.check(full)
     return full
+
+
+def check_between(options: Mapping[str, Any], option: str, low: float, high: float) -> None:
+    """Checks that an option, or its value for every model, is within bounds; what is traced by JAX is not looked at.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    values = options[option] if isinstance(options[option], tuple) else (options[option],)
+    for value in values:
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise ConfigError(f"option {option!r}: expected a number from {low:g} to {high:g}, got {value!r}.")
+
+
+def check_choice(options: Mapping[str, Any], option: str, choices: Sequence[Any]) -> None:
+    """Checks that an option is one of a few values.
+
+    Raises:
+        UnknownNameError: it is not.
+    """
+    if not any(options[option] is choice or options[option] == choice for choice in choices):
+        raise unknown_name(f"value of the option {option!r}", str(options[option]), [str(choice) for choice in choices])
 
 
 def check_counts(method: Method, num_models: int, *, has_base: bool, name: str) -> None:
