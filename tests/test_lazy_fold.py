@@ -1,10 +1,16 @@
 """Folding leaf by leaf: of lazy checkpoints the same bits as of whole ones, with nothing read that is not needed."""
 
+import json
+
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from hub_models import MODELS, make_model, write_folder
 
-from jaxtune import tree
+import jaxtune as jt
+from jaxtune import loading, symmetry, tree
+from jaxtune.cli import main
 from jaxtune.errors import SpecError
 from jaxtune.lazy import LazyLeaf, is_lazy
 from jaxtune.loading import load, network_of
@@ -92,3 +98,48 @@ def test_a_folded_leaf_reads_what_lies_in_it_and_nothing_else(name, path, needed
     reads.clear()
     flatten(folded)[path].read()
     assert set(reads) == needed
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    """A Llama in bfloat16, its fine-tune, and the old base turned by an element of the whole group, with noise."""
+    folder, draw = tmp_path_factory.mktemp("llamas"), np.random.default_rng(0)
+    stored = load(write_folder(folder / "made", make_model("llama").bfloat16()))
+    spec = registry.symmetry_of(network_of(stored))
+    whole = canonical.canonical_spec(spec)
+    turned = symmetry.apply(whole, symmetry.random(jax.random.key(1), whole), canonical.fold(spec, stored.params))
+
+    def write(name, params, noise):
+        def add(_, leaf):
+            wide = leaf.astype(np.float32)
+            return (wide + noise * wide.std() * draw.normal(size=leaf.shape)).astype(ml_dtypes.bfloat16)
+
+        return jt.save(folder / name, tree.map_leaves(add, params), like=stored)
+
+    return {
+        "source": write("old", stored.params, 0.0),
+        "finetuned": write("tuned", stored.params, 0.02),
+        "target": write("new", canonical.realise(spec, turned, stored.params), 0.1),
+    }
+
+
+@pytest.mark.parametrize("method", ["full", "auto"])
+def test_a_decoder_read_leaf_by_leaf_gives_the_same_folder_to_the_byte(method, llamas, tmp_path, monkeypatch):
+    words = [f"--{role}={folder}" for role, folder in llamas.items()]
+    for name, least in (("whole", 1 << 30), ("lazy", 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, "LAZY_BYTES", least)
+            assert main(["transport", *words, f"--out={tmp_path / name}", f"--method={method}"]) == 0
+    whole, lazy = ({file.name: file for file in (tmp_path / name).iterdir()} for name in ("whole", "lazy"))
+    reports = [json.loads(files.pop("report.json").read_text()) for files in (whole, lazy)]
+    for files in (whole, lazy):  # a page of the report; a manifest with the date
+        files.pop("report.html"), files.pop("manifest.json")
+    assert {"config.json", "model.safetensors"} <= whole.keys() == lazy.keys()
+    for name, file in whole.items():
+        assert lazy[name].read_bytes() == file.read_bytes(), name
+    for report in reports:
+        assert report["equivalence"]["is_exact"]
+        for name in ("cost", "host", "equivalence"):  # which runs fewer examples where weights are lazy
+            report.pop(name)
+    assert reports[1] == reports[0]
+    assert method == "full" or reports[0]["info"]["chosen"] == "full"
