@@ -89,7 +89,7 @@ def judge_match(
     check_same({"target": target, "source": source})
     tallies = {"identity": _tally(spec, target, source)}
     tallies["found"] = _tally(spec, target, elements.apply(spec, element, source))
-    draws = [elements.random(named_key(key, "random", n), spec) for n in range(num_random)]
+    draws = (elements.random(named_key(key, "random", n), spec) for n in range(num_random))  # one at a time in memory
     randoms = [_tally(spec, target, elements.apply(spec, draw, source)) for draw in draws]
     cosine = {name: tally.cosine() for name, tally in tallies.items()}
     cosine["random"] = [tally.cosine() for tally in randoms]

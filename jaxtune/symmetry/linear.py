@@ -82,7 +82,7 @@ def _contract(matrix, leaf, axis, parent_axis):
     formula = f"{letters},{matrix_letters}->{letters.replace(letters[axis], 'z')}"
     wide = np.promote_types(leaf.dtype, np.float32)  # NumPy's own: under strict promotion JAX's refuses
     if isinstance(leaf, np.ndarray):
-        return np.einsum(formula, leaf.astype(wide), np.asarray(matrix).astype(wide), optimize=True)
+        return np.einsum(formula, leaf.astype(wide, copy=False), np.asarray(matrix).astype(wide), optimize=True)
     import jax
     import jax.numpy as jnp
 
@@ -98,20 +98,27 @@ def _invert(matrix, parent):
     return inverse if parent is None else inverse[np.argsort(parent)]
 
 
-def _check_invertible(matrix, size, count):
+def _check_finite(matrix, size, count):
     shape = (size, size) if count is None else (count, size, size)
     if np.shape(matrix) != shape:
         return f"expected matrices of shape {list(shape)}, got {list(np.shape(matrix))}"
     matrix = np.asarray(matrix)
     if matrix.dtype.kind != "f" or not np.isfinite(matrix).all():
         return "expected finite floats"
-    if (np.linalg.cond(matrix) > 1e6).any():
+    return None
+
+
+def _check_invertible(matrix, size, count):
+    complaint = _check_finite(matrix, size, count)
+    if complaint:
+        return complaint
+    if (np.linalg.cond(np.asarray(matrix)) > 1e6).any():
         return "a matrix that cannot be inverted in float32 (condition above 1e6)"
     return None
 
 
 def _check_orthogonal(matrix, size, count):
-    complaint = _check_invertible(matrix, size, count)
+    complaint = _check_finite(matrix, size, count)  # a condition would cost more than the product below, and says less
     if complaint:
         return complaint
     matrix = np.asarray(matrix)
