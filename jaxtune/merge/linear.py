@@ -1,5 +1,7 @@
 """Weighted averages of models."""
 
+import math
+
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
@@ -14,15 +16,20 @@ def merge_linear(view: View, *, weight: tuple[float, ...] = 1.0, normalize: bool
         Wortsman et al. 2022, arXiv:2203.05482 (uniform weights); Utans 1996.
     """
     total = sum(weight) if normalize else 1.0
-    return Combine(sum_weighted, (tuple(weight), total))
+    return Combine(sum_weighted, (tuple(divide(one, total) for one in weight),))
 
 
-def sum_weighted(elements: Elements, weight: tuple, total: float) -> Leaf:
-    """`Σ w_i θ_i / total`, with the division last: equal models average to themselves."""
+def sum_weighted(elements: Elements, weight: tuple) -> Leaf:
+    """`Σ w_i θ_i`."""
     merged = elements.models[0] * weight[0]
     for model, factor in zip(elements.models[1:], weight[1:], strict=True):
-        merged = merged + model * factor
-    return merged / total
+        merged += model * factor
+    return merged
+
+
+def divide(weight: float, total: float) -> float:
+    """A share of a total; of zero what floating point has: infinity, or NaN."""
+    return weight / total if total else math.inf * weight
 
 
 LINEAR = Method(

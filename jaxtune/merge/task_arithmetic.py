@@ -1,5 +1,6 @@
 """Sums of task vectors, as they are: addition, negation and analogies."""
 
+from jaxtune.merge.linear import divide
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
@@ -14,15 +15,16 @@ def merge_task_arithmetic(
         Ilharco et al. 2023, arXiv:2212.04089.
     """
     total = sum(weight) if normalize else 1.0
-    return Combine(add_task_vectors, (tuple(weight), lambda_, total))
+    shares = tuple(divide(lambda_ * one, total) for one in weight)
+    return Combine(add_task_vectors, (shares, 1.0 - sum(shares)))
 
 
-def add_task_vectors(elements: Elements, weight: tuple, scale: float, total: float) -> Leaf:
-    """`θ_0 + scale Σ w_i τ_i / total`."""
-    merged = elements.deltas[0] * weight[0]
-    for delta, factor in zip(elements.deltas[1:], weight[1:], strict=True):
-        merged = merged + delta * factor
-    return elements.base + merged * (scale / total)
+def add_task_vectors(elements: Elements, weight: tuple, rest: float) -> Leaf:
+    """`θ_0 + Σ w_i τ_i`, as `(1 - Σ w_i) θ_0 + Σ w_i θ_i`: no difference is made, so weights of 1 and 0 are exact."""
+    merged = elements.base * rest
+    for model, factor in zip(elements.models, weight, strict=True):
+        merged += model * factor
+    return merged
 
 
 TASK_ARITHMETIC = Method(

@@ -1,0 +1,1 @@
+"""From files to files in a fixed amount of memory: read, compute and write side by side."""
