@@ -41,7 +41,7 @@ class ArrayView(View):
         input_axis: int = 0,
         seed: int = 0,
     ):
-        self.name, self.input_axis, self.unit, self._seed = names[0], input_axis, unit, seed
+        self.name, self.input_axis, self.unit, self.seed = names[0], input_axis, unit, seed
         self.num_models, self.has_base = len(models[0]), bases[0] is not None
         self.xp = np if all(isinstance(leaf, np.ndarray) for leaf in models[0]) else _jax_numpy()
         self.shape = models[0][0].shape if len(names) == 1 else (sum(math.prod(m[0].shape) for m in models),)
@@ -68,7 +68,7 @@ class ArrayView(View):
         arrays = (*models, *(() if base is None else (base,)))
         wide = functools.reduce(np.promote_types, [compute_dtype(array.dtype) for array in arrays])
         arrays = [self._shape(array, wide) for array in arrays]
-        streams = tuple(make_stream(self._seed, model, name) for model in range(len(models)))
+        streams = tuple(make_stream(self.seed, model, name) for model in range(len(models)))
         return Elements(self.xp, tuple(arrays[: len(models)]), arrays[-1] if base is not None else None, start, streams)
 
     def runs(self, leaf: int):

@@ -68,6 +68,17 @@ def check_choice(options: Mapping[str, Any], option: str, choices: Sequence[Any]
         raise unknown_name(f"value of the option {option!r}", str(options[option]), [str(choice) for choice in choices])
 
 
+def check_task(options: Mapping[str, Any], option: str, num_models: int) -> None:
+    """Checks that an option is the place of a model among the others, counted from 0.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    value = options[option]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_models:
+        raise ConfigError(f"option {option!r}: expected a model from 0 to {num_models - 1}, got {value!r}.")
+
+
 def check_counts(method: Method, num_models: int, *, has_base: bool, name: str) -> None:
     """Checks the number of models and the base.
 

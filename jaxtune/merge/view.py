@@ -128,6 +128,7 @@ class View(ABC):
         has_base: Whether there is one.
         input_axis: Axis that runs along the inputs of a matrix: -1 in files of torch, 0 in our trees.
         xp: `numpy` or `jax.numpy`: of numbers about the whole leaf.
+        seed: Of random bits.
     """
 
     name: str
@@ -136,6 +137,7 @@ class View(ABC):
     has_base: bool
     input_axis: int
     xp: Any
+    seed: int = 0
 
     @property
     def size(self) -> int:
