@@ -11,7 +11,7 @@ from jaxtune.merge.registry import METHODS
 from jaxtune.tree import flatten, map_leaves, unflatten
 
 # Values of options without a default.
-GIVEN = {"t": 0.3, "task": 1}
+GIVEN = {"t": 0.3, "decay": 0.6, "task": 1}
 
 
 def draw_trees(count, dtype=np.float32, seed=0):

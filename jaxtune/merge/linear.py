@@ -1,7 +1,8 @@
 """Weighted averages of models."""
 
-import math
+import numpy as np
 
+from jaxtune.merge.affine import is_known
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
@@ -10,13 +11,16 @@ from jaxtune.types import Leaf
 def merge_linear(view: View, *, weight: tuple[float, ...] = 1.0, normalize: bool = True) -> Combine:
     """`Σ w_i θ_i`, divided by `Σ w_i` with `normalize`.
 
-    Weights that sum to zero divide by zero, as plain arithmetic has it; without `normalize` they make a difference.
+    Weights that sum to zero divide by zero, as plain arithmetic has it: infinity, or NaN where the sum is zero too;
+    without `normalize` they make a difference.
 
     Reference:
         Wortsman et al. 2022, arXiv:2203.05482 (uniform weights); Utans 1996.
     """
     total = sum(weight) if normalize else 1.0
-    return Combine(sum_weighted, (tuple(divide(one, total) for one in weight),))
+    if is_known(total, 0.0):
+        return Combine(_divide_by_zero, (weight,))
+    return Combine(sum_weighted, (tuple(one / total for one in weight),))
 
 
 def sum_weighted(elements: Elements, weight: tuple) -> Leaf:
@@ -27,9 +31,9 @@ def sum_weighted(elements: Elements, weight: tuple) -> Leaf:
     return merged
 
 
-def divide(weight: float, total: float) -> float:
-    """A share of a total; of zero what floating point has: infinity, or NaN."""
-    return weight / total if total else math.inf * weight
+def _divide_by_zero(elements: Elements, weight: tuple) -> Leaf:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sum_weighted(elements, weight) / elements.xp.zeros((), elements.dtype)
 
 
 LINEAR = Method(

@@ -1,0 +1,179 @@
+"""Task vectors of which only some elements are kept: the largest, a band of them, or a random choice; and rescaled.
+
+A cut is a rule, which is compiled in, and the numbers that the rule needs of a leaf.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxtune.errors import ConfigError
+from jaxtune.merge.options import check_between, check_choice
+from jaxtune.merge.view import Elements, Rank, View, sum_wide
+from jaxtune.types import Leaf
+
+Rule = Literal["all", "none", "top", "at_least", "band", "random", "ranked"]
+SMALL = 1e-7  # norms below it are not rescaled, as mergekit has it
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which elements of one task vector are kept.
+
+    Attributes:
+        rule: All; none; the `top` ones up to a rank; `at_least` a value; a `band` between two ranks; a `random` choice;
+            a random choice whose odds go by the rank within the row (`ranked`).
+        numbers: What the rule needs.
+    """
+
+    rule: Rule
+    numbers: tuple[Any, ...] = ()
+
+
+def cut_top(view: View, model: int, count: int) -> Cut:
+    """The `count` largest by magnitude; equal ones by place."""
+    if count >= view.size:
+        return Cut("all")
+    if count <= 0:
+        return Cut("none")
+    rank = view.rank_from_top(magnitude, count, model=model)
+    return Cut("top", (rank.value, rank.last))
+
+
+def cut_random(density: Any) -> Cut:
+    """Every element with probability `density`."""
+    if isinstance(density, (int, float)) and not 0 < density < 1:
+        return Cut("all" if density >= 1 else "none")
+    return Cut("random", (density,))
+
+
+def magnitude(elements: Elements, *, model: int) -> Leaf:
+    """Of one task vector."""
+    return elements.xp.abs(elements.deltas[model])
+
+
+def sparse_delta(elements: Elements, model: int, rule: Rule, numbers: tuple) -> Leaf:
+    """A task vector, zero where it is cut."""
+    delta = elements.deltas[model]
+    if rule == "all":
+        return delta
+    if rule == "none":
+        return elements.xp.zeros_like(delta)
+    return elements.xp.where(_keep(elements, model, rule, numbers), delta, 0.0)
+
+
+def _keep(elements, model, rule, numbers):
+    if rule == "random":
+        return elements.uniform(model) < numbers[0]
+    sizes = elements.xp.abs(elements.deltas[model])
+    if rule == "at_least":
+        return sizes >= numbers[0]
+    if rule == "top":
+        return within(elements, sizes, *numbers)
+    if rule == "band":
+        return within(elements, sizes, *numbers[:2]) & ~within(elements, sizes, *numbers[2:])
+    return _keep_by_rank(elements, model, sizes, *numbers)
+
+
+def within(elements: Elements, sizes: Leaf, value: Any, last: Any) -> Leaf:
+    """`Rank.keeps` of a run, in one pass where all its equal ones are on the same side of the last that is kept."""
+    if elements.xp is not np:
+        return Rank(value, last).keeps(sizes, elements.index)
+    equal = int(last) + 1 - int(elements.start)  # so many of the run's first elements are kept if equal
+    if equal >= sizes.size:
+        return sizes >= value
+    kept = sizes > value
+    if equal > 0:
+        kept.reshape(-1)[:equal] |= sizes.reshape(-1)[:equal] == value
+    return kept
+
+
+def _keep_by_rank(elements, model, sizes, density, epsilon):
+    """Odds from `density - epsilon` for the smallest of a row, in equal steps, to `density + epsilon` for the largest.
+
+    A uniform number says which rank an element must exceed; the value that has that rank in the sorted row decides.
+    Sorting values is several times faster than ranking them, and equal values share the odds of their middle rank.
+    """
+    xp, length = elements.xp, sizes.shape[1]
+    uniform = elements.uniform(model)
+    if length == 1:
+        return uniform < density
+    place = (uniform - (density - epsilon)) * ((length - 1) / (2 * epsilon))
+    rank = xp.clip(xp.floor(place + 0.5), 0, length - 1)
+    value = xp.take_along_axis(xp.sort(sizes, axis=1), rank.astype(np.int32), axis=1)
+    return (sizes > value) | ((sizes == value) & (place < rank))
+
+
+def find_gains(view: View, cuts: Sequence[Cut], density: Sequence[Any], rescale: bool | str) -> tuple[Any, ...]:
+    """What each cut task vector is multiplied with to make good what is gone.
+
+    Args:
+        view: Of the leaf.
+        cuts: One a model.
+        density: Share that each cut keeps.
+        rescale: False; True or "l1", "l2", "linf": until that norm of the leaf's task vector is what it was; "keep":
+            by 1/density, which leaves the mean over draws.
+    """
+    gains: list[Any] = [1.0] * len(cuts)
+    partial = [k for k, cut in enumerate(cuts) if cut.rule not in ("all", "none")]
+    if not rescale or not partial:
+        return tuple(gains)
+    if rescale == "keep":
+        return tuple(1.0 / density[k] if k in partial else 1.0 for k in range(len(cuts)))
+    rules, numbers = tuple(cuts[k].rule for k in partial), tuple(cuts[k].numbers for k in partial)
+    if rescale == "linf":
+        pairs = [(_largest(view, k, Cut("all")), _largest(view, k, cuts[k])) for k in partial]
+    else:
+        sums = view.reduce(sum_norms, numbers, rules=rules, models=tuple(partial), power=2 if rescale == "l2" else 1)
+        pairs = [(sums[n, 0], sums[n, 1]) for n in range(len(partial))]
+        pairs = [(view.xp.sqrt(a), view.xp.sqrt(b)) for a, b in pairs] if rescale == "l2" else pairs
+    for k, (before, after) in zip(partial, pairs, strict=True):
+        is_small = (before < SMALL) | (after < SMALL)
+        gain = view.xp.where(is_small, 1.0, before / view.xp.where(is_small, 1.0, after))
+        gains[k] = float(gain) if view.xp is np else gain
+    return tuple(gains)
+
+
+def sum_norms(elements: Elements, numbers: tuple, *, rules: tuple, models: tuple, power: int) -> Leaf:
+    """Sums of the magnitudes (`power` 1) or squares (2) of task vectors, before and after the cut.
+
+    Shapes:
+        result: [num_models, 2].
+    """
+    xp, rows = elements.xp, []
+    for model, rule, cut in zip(models, rules, numbers, strict=True):
+        sizes = xp.abs(elements.deltas[model]) if power == 1 else elements.deltas[model] ** 2
+        kept = xp.where(_keep(elements, model, rule, cut), sizes, 0.0)
+        rows.append(xp.stack([sum_wide(elements, sizes), sum_wide(elements, kept)]))
+    return xp.stack(rows)
+
+
+def _largest(view, model, cut):
+    return view.rank_from_top(_kept_magnitude, 1, cut.numbers, model=model, rule=cut.rule).value
+
+
+def _kept_magnitude(elements, numbers, *, model, rule):
+    return elements.xp.abs(sparse_delta(elements, model, rule, numbers))
+
+
+def check_sparse(options: Mapping[str, Any]) -> None:
+    """Checks density, gamma, epsilon and rescale, where a method has them.
+
+    Raises:
+        ConfigError: out of range; `density ± epsilon` not between 0 and 1 for a density that is.
+        UnknownNameError: no such way to rescale.
+    """
+    for option in ("density", "gamma"):
+        if option in options:
+            check_between(options, option, 0.0, 1.0)
+    if "rescale" in options:
+        check_choice(options, "rescale", (True, False, "l1", "l2", "linf", "keep"))
+    for density, epsilon in zip(options.get("density", ()), options.get("epsilon", ()), strict=False):
+        if not all(isinstance(number, (int, float)) for number in (density, epsilon)) or not 0 < density < 1:
+            continue
+        if epsilon < 0 or density - epsilon <= 0 or density + epsilon >= 1:
+            raise ConfigError(
+                f"option 'epsilon': density ± epsilon must lie between 0 and 1, got {density!r} ± {epsilon!r}."
+            )
