@@ -65,7 +65,7 @@ OUTSIDE = {
     "safetensors": set(),
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
-    "ml_dtypes": {"checkpoint", "tree"},
+    "ml_dtypes": {"checkpoint", "tree", "recipes"},
     "matplotlib": {"report", "data"},
     "PIL": {"data"},
     "tensorboardX": {"train"},

@@ -12,7 +12,7 @@ from typing import Any
 from jaxtune.recipes.nodes import Node
 
 Scalar = bool | int | float | str
-KINDS = ("float", "int", "bool", "str")
+KINDS = ("float", "int", "bool", "str", "switch")  # a switch is on, off, or on in a way that text names
 TRUE, FALSE = ("1", "on", "t", "true", "y", "yes"), ("0", "off", "f", "false", "n", "no")
 
 
@@ -110,7 +110,7 @@ def evaluate(condition: Condition, t: float, kind: str) -> Any:
     values = [_convert(kind, value, condition.node) for value in condition.value]
     place = t * (len(values) - 1)
     low = int(place)
-    if kind in ("bool", "str"):
+    if kind in ("bool", "str", "switch"):
         return values[low]
     high, share = min(len(values) - 1, low + 1), place - low
     between = (1 - share) * values[low] + share * values[high]
@@ -119,14 +119,16 @@ def evaluate(condition: Condition, t: float, kind: str) -> Any:
 
 def _convert(kind: str, value: Scalar, node: Node) -> Any:
     """A scalar as a kind; text that spells it counts, as YAML reads 1e-5 as text."""
-    if kind == "str":
-        if isinstance(value, str):
-            return value
-    elif kind == "bool":
+    if kind in ("bool", "switch"):
         if isinstance(value, bool) or value in (0, 1):
             return bool(value)
         if isinstance(value, str) and value.lower() in TRUE + FALSE:
             return value.lower() in TRUE
+    if kind in ("str", "switch"):
+        if isinstance(value, str):
+            return value
+    elif kind == "bool":
+        pass
     else:
         try:
             number = float(value)
@@ -134,7 +136,8 @@ def _convert(kind: str, value: Scalar, node: Node) -> Any:
                 return number if kind == "float" else int(number)
         except ValueError:
             pass
-    words = {"float": "a finite number", "int": "a whole number", "bool": "true or false", "str": "text"}[kind]
+    words = {"float": "a finite number", "int": "a whole number", "bool": "true or false", "str": "text"}
+    words = words.get(kind, "true, false or text")
     raise node.error(f"expected {words}, found {value!r}.")
 
 
