@@ -12,7 +12,7 @@ from jaxtune.lazy import read
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_options
 from jaxtune.merge.random_bits import make_stream
-from jaxtune.merge.view import Elements, Rank, View
+from jaxtune.merge.view import Elements, Rank, View, weaken
 from jaxtune.tree import check_same, flatten, is_float, unflatten
 from jaxtune.types import Leaf, Params
 
@@ -49,7 +49,8 @@ class ArrayView(View):
 
     def reduce(self, function: Callable[..., Leaf], *numbers: Any, **constants: Any) -> Leaf:
         """As `View.reduce`."""
-        parts = [function(run, *numbers, **constants) for leaf in range(len(self._leaves)) for run in self.runs(leaf)]
+        runs = [run for leaf in range(len(self._leaves)) for run in self.runs(leaf)]
+        parts = [function(run, *weaken(numbers, run), **constants) for run in runs]
         if self.xp is not np:
             return functools.reduce(lambda a, b: a + b, parts)
         stacked = np.stack([np.asarray(part, np.float64) for part in parts])
@@ -58,7 +59,8 @@ class ArrayView(View):
 
     def rank_from_top(self, function: Callable[..., Leaf], count: Any, *numbers: Any, **constants: Any) -> Rank:
         """As `View.rank_from_top`."""
-        values = [function(self.whole(leaf), *numbers, **constants).reshape(-1) for leaf in range(len(self._leaves))]
+        runs = [self.whole(leaf) for leaf in range(len(self._leaves))]
+        values = [function(run, *weaken(numbers, run), **constants).reshape(-1) for run in runs]
         return rank_values(self.xp, self.xp.concatenate(values), count)
 
     def whole(self, leaf: int) -> Elements:

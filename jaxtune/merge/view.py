@@ -97,8 +97,7 @@ class Combine:
 
     def __call__(self, elements: Elements) -> Leaf:
         """The merged elements."""
-        numbers = (weaken(number, elements) for number in self.numbers)
-        return self.function(elements, *numbers, **dict(self.constants))
+        return self.function(elements, *weaken(self.numbers, elements), **dict(self.constants))
 
 
 @dataclass(frozen=True)
@@ -161,15 +160,16 @@ class View(ABC):
 
 
 def weaken(number: Any, elements: Elements) -> Any:
-    """A number of NumPy that does not widen the elements it meets: what is known of a leaf is known in float64."""
+    """A number of NumPy in the dtype of the elements it meets, which it would widen: of leaves all is known in float64.
+
+    Plain Python numbers, the options of a method, widen nothing.
+    """
     if isinstance(number, tuple):
         return tuple(weaken(one, elements) for one in number)
     if isinstance(number, Rank):
         return Rank(weaken(number.value, elements), number.last)
-    if isinstance(number, np.ndarray) and number.ndim and number.dtype == np.float64:
-        return number.astype(elements.dtype)
     if isinstance(number, (np.ndarray, np.floating)) and number.dtype.kind == "f":
-        return float(number)
+        return number.astype(elements.dtype)
     return number
 
 

@@ -1,11 +1,8 @@
-"""The files of an output: which tensors lie where, made full size at once and filled in any order."""
+"""The files of an output: which tensors lie where."""
 
 import json
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,55 +72,6 @@ def lay_out(
         for n, shard in enumerate(shards, 1)
     }
     return OutputFiles(headers, _make_index(headers))
-
-
-class OutputFile:
-    """One file of tensors, made full size before anything is written; parts of tensors are written in any order.
-
-    Args:
-        path: A file to create.
-        header: What it will hold.
-
-    Raises:
-        OSError: the disk refused, or has no room for the whole file.
-    """
-
-    def __init__(self, path: Path, header: safetensors.Header):
-        self.header, self._lock = header, threading.Lock()
-        end = max((info.stop for info in header.tensors.values()), default=0)
-        self._waiting = end  # bytes
-        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-            if end and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._descriptor, 0, header.data_start + end)
-            head = len(header.raw).to_bytes(8, "little") + header.raw
-            self._write(head, 0)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-
-    def write(self, name: str, low: int, values: np.ndarray) -> bool:
-        """Writes elements of a tensor, from element `low` on; tells whether the file is whole with them."""
-        info = self.header.tensors[name]
-        if values.dtype != info.dtype:
-            raise AssertionError(f"{name}: {values.dtype} for a tensor of {info.dtype}")
-        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        self._write(data, self.header.data_start + info.start + low * info.dtype.itemsize)
-        with self._lock:
-            self._waiting -= len(data)
-            return self._waiting == 0
-
-    def close(self, *, sync: bool) -> None:
-        """Closes the file; with `sync` its content is on the disk then."""
-        if sync:
-            os.fsync(self._descriptor)
-        os.close(self._descriptor)
-
-    def _write(self, data, offset):
-        view = memoryview(data)
-        while len(view):
-            written = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[written:], offset + written
 
 
 def _split(tensors, shard_bytes):

@@ -52,6 +52,7 @@ def find_rank(
     if count >= size:
         return Rank(-1.0, -1)
     sample = _draw_sample(values_of, groups, size)
+    value_of = sample.dtype.type
     low, high = _draw_bracket(sample, count / size)
     bounds = (-1.0, np.inf)  # the value at the rank lies between them, or is the lower one
     while True:
@@ -63,13 +64,17 @@ def find_rank(
         if count <= above:
             bounds = (high, bounds[1])
         elif count <= at_high:
-            return Rank(high, _place_of_equal(values_of, groups, [p.at_high for p in passed], high, count - above))
+            return Rank(
+                value_of(high), _place_of_equal(values_of, groups, [p.at_high for p in passed], high, count - above)
+            )
         elif count <= inside:
             if inside - at_high <= MAX_KEPT:
                 return _sort_inside(passed, count - at_high)
             bounds = (low, high)
         elif count <= at_low:
-            return Rank(low, _place_of_equal(values_of, groups, [p.at_low for p in passed], low, count - inside))
+            return Rank(
+                value_of(low), _place_of_equal(values_of, groups, [p.at_low for p in passed], low, count - inside)
+            )
         else:
             bounds = (bounds[0], low)
         low = high = _choose_between(values_of, groups, sample, bounds)
@@ -123,7 +128,7 @@ def _sort_inside(passed, within):
     values = np.concatenate([part for one in passed for part in one.inside])
     places = np.concatenate([part for one in passed for part in one.places])
     order = np.lexsort((places, -values))
-    return Rank(float(values[order[within - 1]]), int(places[order[within - 1]]))
+    return Rank(values[order[within - 1]], int(places[order[within - 1]]))
 
 
 def _place_of_equal(values_of, groups, counts, value, number):

@@ -2,10 +2,9 @@
 
 import functools
 import itertools
-import json
+import math
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,24 @@ import numpy as np
 
 from jaxtune.checkpoint.rounding import round_to_stored
 from jaxtune.errors import NonFiniteError, TreeMismatchError
-from jaxtune.merge.method import Method
+from jaxtune.merge.post_steps import POST_STEPS
 from jaxtune.merge.registry import METHODS
 from jaxtune.merge.view import Combine
-from jaxtune.recipes.jobs import MergeJobs, TensorJob
-from jaxtune.stream.checksums import crc32_of_file
-from jaxtune.stream.files import OutputFile, OutputFiles
+from jaxtune.recipes.jobs import MergeJobs, Source, TensorJob
+from jaxtune.stream.files import OutputFiles
+from jaxtune.stream.leaves import Leaf, SteppedLeaf, StoredLeaf, split
+from jaxtune.stream.processes import ALONE, Processes
 from jaxtune.stream.tensors import TensorReader
 from jaxtune.stream.values import is_finite, narrow_into
-from jaxtune.stream.view import StoredLeaf, StreamView
+from jaxtune.stream.view import StreamView
+from jaxtune.stream.writer import Writer, check_finished, record_finished
 from jaxtune.tree import flatten
 
 BLOCK = 1 << 17  # elements that are merged in one go: a few arrays of them fit into a core's cache
 SPAN = 1 << 20  # elements of one task, and of one write
-DONE_SUFFIX = ".done"
+
+# (leaf, combine, place of the leaf's first element, low, high, out) -> whether all is finite; fills `out`.
+MergeSpan = Callable[[Leaf, Combine, int, int, int, np.ndarray], bool]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ def run_merge(
     *,
     num_workers: int | None = None,
     sync: bool = True,
+    merge_span: MergeSpan | None = None,
+    processes: Processes = ALONE,
+    advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Merged:
     """Writes all files of tensors into a folder; those that a former run finished there are checked and kept.
 
@@ -62,6 +68,9 @@ def run_merge(
         folder: Of `checkpoint.resume.keep_work`, or any other.
         num_workers: Threads; None: one a core.
         sync: Whether a file is on the disk before it is called finished.
+        merge_span: What does the arithmetic of a span: NumPy, block by block (None), or `device.DeviceMerge`.
+        processes: This one among those that share the work, each with its own ranges of bytes.
+        advance: Called with the number of bytes that were written.
 
     Raises:
         NonFiniteError: NaN or Inf came out of a tensor.
@@ -69,86 +78,144 @@ def run_merge(
         CheckpointError: a value does not fit the output's dtype.
         OSError: the disk refused.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    num_workers = num_workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_workers = num_workers or count_cores()
     by_name = {job.name: job for job in jobs.jobs}
     with ThreadPoolExecutor(num_workers) as pool:
-        kept = {name: crc for name in files.headers if (crc := _check_kept(folder, name, pool)) is not None}
-        crc32 = dict(kept)
-        open_jobs = _group_jobs([by_name[t] for f, h in files.headers.items() if f not in kept for t in h.tensors])
-        writer = _Writer(folder, {name: header for name, header in files.headers.items() if name not in kept}, sync)
+        kept: dict[str, int] = {}
+        if processes.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = {name: check_finished(folder, name, pool.map) for name in files.headers}
+            kept = {name: crc for name, crc in found.items() if crc is not None}
+        kept = processes.share(kept)
+        headers = {name: header for name, header in files.headers.items() if name not in kept}
+        writer = Writer(folder, headers, sync=sync, is_first=processes.is_first, is_alone=processes.is_alone)
+        processes.wait_for("files")
+        todo = [by_name[tensor] for header in headers.values() for tensor in header.tensors]
+        engine = _Engine(jobs, writer, pool, merge_span or merge_on_host, _Share(processes, todo), advance)
         queue = _Queue(pool, num_workers)
         try:
-            with writer:
-                for some in open_jobs:
-                    for task in _tasks(jobs, some, writer, pool):
-                        queue.submit(task)
-                queue.drain()
+            for some in group_jobs(todo):
+                for task in engine.tasks(some):
+                    queue.submit(task)
+            queue.drain()
+            if not processes.is_alone:
+                writer.sync()
         except BaseException:
             queue.cancel()
             raise
-        for name in writer.finished:
-            crc32[name] = crc32_of_file(folder / name, pool.map)
-            (folder / f"{name}{DONE_SUFFIX}").write_text(json.dumps({"crc32": crc32[name]}))
+        finally:
+            writer.close()
+        processes.wait_for("tensors")
+        crc32 = dict(kept)
+        if processes.is_first:
+            writer.finish_all()
+            crc32 |= {name: record_finished(folder, name, pool.map) for name in headers}
     return Merged({name: folder / name for name in files.headers}, crc32, len(kept))
 
 
-def _check_kept(folder, name, pool):
-    """The CRC-32 of a file that a former run finished; None where there is none, or it is another by now."""
-    record = folder / f"{name}{DONE_SUFFIX}"
-    if not (record.exists() and (folder / name).exists()):
-        (folder / name).unlink(missing_ok=True)
-        return None
-    said = json.loads(record.read_text())["crc32"]
-    if crc32_of_file(folder / name, pool.map) == said:
-        return said
-    record.unlink()
-    (folder / name).unlink()
-    return None
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Writer:
-    """Opens files as their first tensor comes, and finishes them as their last one does."""
+def group_jobs(jobs: Sequence[TensorJob]) -> Iterator[list[TensorJob]]:
+    """Jobs one by one; those whose method looks at the whole model at once, together, where their turn first comes."""
+    whole: dict[Any, list[TensorJob]] = {}
+    for job in jobs:
+        if _is_of_whole_model(job):
+            whole.setdefault(_key_of(job), []).append(job)
+    for job in jobs:
+        if not _is_of_whole_model(job):
+            yield [job]
+        elif some := whole.pop(_key_of(job), None):
+            yield some
 
-    def __init__(self, folder, headers, sync):
-        self._folder, self._headers, self._sync = folder, headers, sync
-        self._file_of = {tensor: name for name, header in headers.items() for tensor in header.tensors}
-        self._open: dict[str, OutputFile] = {}
-        self._lock = threading.Lock()
-        self.finished: list[str] = []
 
-    def __enter__(self):
-        for name, header in self._headers.items():
-            if not any(info.stop > info.start for info in header.tensors.values()):
-                self._finish(name, self._file(name))  # nothing to wait for
-        return self
+def open_leaf(jobs: MergeJobs, job: TensorJob) -> StoredLeaf:
+    """Readers of what a job is made from."""
+    base = None if job.base is None else open_tensor(jobs, job, job.base)
+    models = [open_tensor(jobs, job, source) for source in job.sources]
+    return StoredLeaf(job.name, models, base, unit=METHODS[job.method].unit_of(job.options), seed=jobs.seed)
 
-    def __exit__(self, *_):
-        for file in self._open.values():
-            file.close(sync=False)
 
-    def write(self, tensor: str, low: int, values: np.ndarray) -> None:
-        name = self._file_of[tensor]
-        if self._file(name).write(tensor, low, values):
-            self._finish(name, self._open[name])
+def open_tensor(jobs: MergeJobs, job: TensorJob, source: Source) -> TensorReader:
+    """The reader of one of them."""
+    leaf = flatten(jobs.models[source.model].params)[source.name]
+    return TensorReader(source.name, leaf, job.shape, dtype=job.dtype, rows=source.rows, filler=source.filler)
 
-    def dtype_of(self, tensor: str) -> np.dtype:
-        return self._headers[self._file_of[tensor]].tensors[tensor].dtype
 
-    def _file(self, name):
-        with self._lock:
-            if name not in self._open:
-                part = self._folder / f"{name}.part"
-                part.unlink(missing_ok=True)
-                self._open[name] = OutputFile(part, self._headers[name])
-            return self._open[name]
+def merge_on_host(leaf: Leaf, combine: Combine, start: int, low: int, high: int, out: np.ndarray) -> bool:
+    """A span in NumPy, block by block, so that what is between two operations stays in the cache."""
+    for first, last in split(leaf, BLOCK, low, high):
+        values = np.asarray(combine(leaf.elements(first, last, start=start))).reshape(-1)
+        if not narrow_into(leaf.name, values, out[first - low : last - low]):
+            return False
+    return True
 
-    def _finish(self, name, file):
-        file.close(sync=self._sync)
-        (self._folder / f"{name}.part").rename(self._folder / name)
-        with self._lock:
-            del self._open[name]
-            self.finished.append(name)
+
+class _Engine:
+    """What turns jobs into tasks of a pool."""
+
+    def __init__(self, jobs, writer, pool, merge_span, share, advance):
+        self._jobs, self._writer, self._pool = jobs, writer, pool
+        self._merge_span, self._share, self._advance = merge_span, share, advance
+
+    def tasks(self, some: Sequence[TensorJob]) -> Iterable[Callable[[], None]]:
+        """All that is to do for some jobs, once the numbers about their leaves are known."""
+        if not any(map(self._share.touches, some)):
+            return
+        if some[0].method == "copy":
+            for job in some:
+                yield from self._copies(job)
+            return
+        for job, leaf, combine, start in self._prepare(some):
+            spans = [span for span in split(leaf, SPAN) if self._share.has(job, span[0])]
+            left = itertools.count(len(spans) - 1, -1)
+            for low, high in spans:
+                yield functools.partial(self._merge, job, leaf, combine, start, low, high, left)
+
+    def _prepare(self, some):
+        """(job, leaf, combine, place of its first element), the numbers known."""
+        leaves = [open_leaf(self._jobs, job) for job in some]
+        view = StreamView(leaves, self._pool.map)
+        combine = METHODS[some[0].method].prepare(view, some[0].options)
+        for job, leaf, start in zip(some, leaves, view.starts, strict=True):
+            chosen = combine
+            for name, options in job.post:
+                step, base = POST_STEPS[name], open_tensor(self._jobs, job, job.base)
+                leaf = SteppedLeaf(leaf, chosen, base, unit=step.unit_of(options))
+                chosen = step.prepare(StreamView([leaf], self._pool.map), options)
+            yield job, leaf, chosen, start
+
+    def _merge(self, job, leaf, combine, start, low, high, left):
+        out = np.empty(high - low, self._writer.dtype_of(job.name))
+        if not self._merge_span(leaf, combine, start, low, high, out):
+            raise _non_finite(self._jobs, job, leaf, low, high)
+        self._writer.write(job.name, low, out)
+        self._advance(out.nbytes)
+        if next(left) == 0:
+            leaf.release()
+
+    def _copies(self, job):
+        """One source as it is, which all others must equal."""
+        sources = (*(() if job.base is None else (job.base,)), *job.sources)
+        readers = [open_tensor(self._jobs, job, source).as_stored() for source in sources]
+        size, dtype = math.prod(job.shape), self._writer.dtype_of(job.name)
+
+        def copy(low, high):
+            first = readers[0].read_stored(low, high)
+            for source, other in zip(sources[1:], readers[1:], strict=True):
+                if not np.array_equal(first, other.read_stored(low, high)):
+                    raise TreeMismatchError(
+                        f"tensor {job.name!r} ({first.dtype}) is copied and not merged, and differs between "
+                        f"{self._jobs.models[sources[0].model].path} and {self._jobs.models[source.model].path}. "
+                        "Make them equal, or leave one model out."
+                    )
+            self._writer.write(job.name, low, round_to_stored(job.name, first, dtype))
+            self._advance(first.nbytes)
+
+        spans = [(low, min(low + SPAN, size)) for low in range(0, size, SPAN)]
+        yield from (functools.partial(copy, *span) for span in spans if self._share.has(job, span[0]))
 
 
 class _Queue:
@@ -160,38 +227,24 @@ class _Queue:
 
     def submit(self, task) -> None:
         while len(self._waiting) >= self._limit:
-            self._collect(FIRST_COMPLETED)
+            self._collect()
         self._waiting.add(self._pool.submit(task))
 
     def drain(self) -> None:
         while self._waiting:
-            self._collect(FIRST_COMPLETED)
+            self._collect()
 
     def cancel(self) -> None:
         for future in self._waiting:
             future.cancel()
 
-    def _collect(self, when):
-        done, self._waiting = wait(self._waiting, return_when=when)
+    def _collect(self):
+        done, self._waiting = wait(self._waiting, return_when=FIRST_COMPLETED)
         for future in done:
             future.result()
 
 
-def _group_jobs(jobs: Sequence[TensorJob]) -> Iterator[list[TensorJob]]:
-    """Jobs one by one; those whose method looks at the whole model at once, together, where their turn first comes."""
-    whole: dict[Any, list[TensorJob]] = {}
-    for job in jobs:
-        if _is_whole_model(job):
-            whole.setdefault(_key_of(job), []).append(job)
-    for job in jobs:
-        if not _is_whole_model(job):
-            yield [job]
-        elif whole[_key_of(job)]:
-            some, whole[_key_of(job)] = whole[_key_of(job)], []
-            yield some
-
-
-def _is_whole_model(job):
+def _is_of_whole_model(job):
     return job.method in METHODS and job.options.get(METHODS[job.method].scope_option) == "model"
 
 
@@ -199,95 +252,34 @@ def _key_of(job):
     return job.method, repr(sorted(job.options.items())), tuple(source.model for source in job.sources)
 
 
-def _tasks(jobs: MergeJobs, some: Sequence[TensorJob], writer: _Writer, pool: ThreadPoolExecutor) -> Iterator:
-    """Everything that is left to do for some jobs, once the numbers about their leaves are known."""
-    if some[0].method == "copy":
-        for job in some:
-            yield from _copies(jobs, job, writer)
-        return
-    method = METHODS[some[0].method]
-    leaves = [store_leaf(jobs, job, method) for job in some]
-    view = StreamView(leaves, pool.map)
-    combine = method.prepare(view, some[0].options)
-    for job, leaf, start in zip(some, leaves, view.starts, strict=True):
-        spans = list(leaf.split(SPAN))
-        left = itertools.count(len(spans) - 1, -1)
-        for low, high in spans:
-            yield functools.partial(_merge_span, job, leaf, combine, start, low, high, writer, left)
+class _Share:
+    """Of the bytes of all jobs, laid end to end, the range that is this process's; a span goes by its first byte."""
+
+    def __init__(self, processes, jobs):
+        places = np.cumsum([0, *(math.prod(job.shape) * job.out_dtype.itemsize for job in jobs)]).tolist()
+        self._start_of = {job.name: place for job, place in zip(jobs, places, strict=False)}
+        self._low, self._high = (places[-1] * n // processes.count for n in (processes.index, processes.index + 1))
+
+    def touches(self, job):
+        start = self._start_of[job.name]
+        return start < self._high and start + math.prod(job.shape) * job.out_dtype.itemsize > self._low
+
+    def has(self, job, low):
+        return self._low <= self._start_of[job.name] + low * job.out_dtype.itemsize < self._high
 
 
-def store_leaf(jobs: MergeJobs, job: TensorJob, method: Method) -> StoredLeaf:
-    """Readers of what a job is made from."""
-
-    def reader(source):
-        leaf = flatten(jobs.models[source.model].params)[source.name]
-        return TensorReader(source.name, leaf, job.shape, dtype=job.dtype, rows=source.rows, filler=source.filler)
-
-    base = None if job.base is None else reader(job.base)
-    return StoredLeaf(job.name, [reader(s) for s in job.sources], base, unit=method.unit, seed=jobs.seed)
-
-
-def _merge_span(job, leaf, combine: Combine, start, low, high, writer, left):
-    """Merges one span of a leaf, block by block, and writes it."""
-    dtype = writer.dtype_of(job.name)
-    merged = np.empty(high - low, dtype)
-    for first, last in _blocks(leaf, low, high):
-        values = np.asarray(combine(leaf.elements(first, last, start=start))).reshape(-1)
-        if not narrow_into(job.name, values, merged[first - low : last - low]):
-            raise _non_finite(job, leaf, first, last)
-    writer.write(job.name, low, merged)
-    if next(left) == 0:
-        leaf.release()
-
-
-def _blocks(leaf, low, high):
-    if leaf.unit == "leaf":
-        return [(low, high)]
-    step = BLOCK if leaf.unit == "element" else max(1, BLOCK // leaf.row_length) * leaf.row_length
-    return [(first, min(first + step, high)) for first in range(low, high, step)]
-
-
-def _non_finite(job, leaf, first, last):
+def _non_finite(jobs, job, leaf, low, high):
     """Which of the inputs holds NaN or Inf, or that none does."""
+    sources = (*job.sources, *(() if job.base is None else (job.base,)))
     guilty = [
-        reader_name
-        for reader_name, reader in zip(
-            [*(f"model {n}" for n in range(len(leaf.models))), *(["the base"] if leaf.base else [])],
-            leaf.readers,
-            strict=True,
-        )
-        if not is_finite(reader.read_stored(first, last))
+        str(jobs.models[source.model].path)
+        for source, reader in zip(sources, leaf.readers, strict=True)
+        if not is_finite(reader.read_stored(low, high))
     ]
-    where = f"tensor {job.name!r}, elements {first} to {last}"
+    where = f"tensor {job.name!r}, elements {low} to {high}"
     if guilty:
-        return NonFiniteError(f"{where}: {' and '.join(guilty)} hold NaN or Inf. Use an earlier checkpoint.")
+        return NonFiniteError(f"{where}: NaN or Inf in {', '.join(guilty)}. Use an earlier checkpoint.")
     return NonFiniteError(
-        f"{where}: {job.method} makes NaN or Inf of finite numbers; weights that sum to zero do so where they are "
-        "normalised. Change the weights, or set normalize: false."
+        f"{where}: {job.method!r} makes NaN or Inf of finite numbers. Weights that sum to zero do so where they are "
+        "normalised: change them, or set normalize: false."
     )
-
-
-def _copies(jobs, job, writer):
-    """One source as it is, which all others must equal."""
-    readers = [
-        TensorReader(s.name, flatten(jobs.models[s.model].params)[s.name], job.shape, rows=s.rows, filler=s.filler)
-        for s in (*(() if job.base is None else (job.base,)), *job.sources)
-    ]
-
-    def copy(low, high):
-        first = readers[0].read_stored(low, high)
-        for other in readers[1:]:
-            if not np.array_equal(first, other.read_stored(low, high)):
-                raise TreeMismatchError(
-                    f"tensor {job.name!r} ({first.dtype}) is copied and not merged, and the models differ in it "
-                    f"between elements {low} and {high}. Make them equal, or leave one model out."
-                )
-        dtype = writer.dtype_of(job.name)
-        writer.write(job.name, low, first if first.dtype == dtype else round_to_stored(job.name, first, dtype))
-
-    for low in range(0, math_prod(job.shape), SPAN):
-        yield functools.partial(copy, low, min(low + SPAN, math_prod(job.shape)))
-
-
-def math_prod(shape):
-    return int(np.prod(shape, dtype=np.int64))

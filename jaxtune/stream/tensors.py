@@ -43,13 +43,21 @@ class TensorReader:
         """Of the values: as stored, or as the recipe's `dtype` rounds them."""
         return self.stored_dtype if self._dtype is None else np.dtype(self._dtype)
 
+    def as_stored(self) -> "TensorReader":
+        """The same tensor, not rounded to the recipe's dtype."""
+        return TensorReader(self._name, self._leaf, self.shape, rows=self._rows, filler=self._filler)
+
     def read(self, low: int, high: int, wide: np.dtype) -> np.ndarray:
         """Elements `low` to `high` of the flattened tensor, in `wide`; the caller owns them."""
+        return self.read_rounded(low, high).astype(wide)
+
+    def read_rounded(self, low: int, high: int) -> np.ndarray:
+        """The same, in the dtype that the recipe rounds to; possibly a view of the file."""
         stored = self.read_stored(low, high)
-        if self._dtype is not None and stored.dtype != self._dtype:
-            exact = stored.astype(np.float64 if stored.dtype.itemsize > 4 else np.float32)
-            stored = round_to_stored(self._name, exact, np.dtype(self._dtype))
-        return stored.astype(wide)
+        if stored.dtype == self.dtype:
+            return stored
+        exact = stored.astype(np.float64 if stored.dtype.itemsize > 4 else np.float32)
+        return round_to_stored(self._name, exact, self.dtype)
 
     def read_stored(self, low: int, high: int) -> np.ndarray:
         """The same, in the stored dtype; possibly a view of the file."""

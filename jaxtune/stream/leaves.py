@@ -1,0 +1,119 @@
+"""What a tensor of the output is made of: stored tensors of several models, and what a post-step adds to them."""
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jaxtune.merge.arrays import compute_dtype
+from jaxtune.merge.random_bits import make_stream
+from jaxtune.merge.view import Combine, Elements, MadeOnUse
+from jaxtune.stream.tensors import TensorReader
+
+GRAINS = ("element", "row", "leaf")  # from the finest: what can be merged by itself
+
+
+class StoredLeaf:
+    """One leaf of several models in their files.
+
+    Args:
+        name: Of the tensor of the output.
+        models: Their readers.
+        base: That of the base, or None.
+        unit: As `Method.unit`.
+        seed: Of random bits.
+    """
+
+    def __init__(
+        self, name: str, models: Sequence[TensorReader], base: TensorReader | None, *, unit: str, seed: int = 0
+    ):
+        self.name, self.models, self.base, self.unit, self.seed = name, tuple(models), base, unit, seed
+        self.readers = (*self.models, *(() if base is None else (base,)))
+        self.num_models, self.has_base = len(self.models), base is not None
+        self.shape, self.size = self.models[0].shape, self.models[0].size
+        self.dtype = functools.reduce(np.promote_types, [compute_dtype(reader.dtype) for reader in self.readers])
+        self.streams = tuple(make_stream(seed, model, name) for model in range(len(self.models)))
+        self.grain, self.row_length = unit, _row_length(self.shape, unit)
+
+    def elements(self, low: int, high: int, *, start: int = 0) -> Elements:
+        """Elements `low` to `high`, whole rows where the unit has them; each model is read when it is asked for."""
+        shape = shape_of_run(self, low, high)
+
+        def read(reader):
+            return reader.read(low, high, self.dtype).reshape(shape)
+
+        return Elements(
+            xp=np,
+            models=MadeOnUse(len(self.models), lambda model: read(self.models[model])),
+            base=None if self.base is None else read(self.base),
+            start=start + low,
+            streams=self.streams,
+        )
+
+    def release(self) -> None:
+        """Forgets what was read as a whole."""
+        for reader in self.readers:
+            reader.release()
+
+
+class SteppedLeaf:
+    """A merged leaf as the one model of a post-step, beside the base.
+
+    Args:
+        before: The leaf that was merged.
+        combine: What the method, or the step before, makes of it.
+        base: Reader of the base.
+        unit: As the step has it.
+    """
+
+    num_models, has_base = 1, True
+
+    def __init__(self, before: "StoredLeaf | SteppedLeaf", combine: Combine, base: TensorReader, *, unit: str):
+        self.name, self.shape, self.size, self.unit = before.name, before.shape, before.size, unit
+        self.readers, self.streams, self.seed = before.readers, before.streams, before.seed
+        self.dtype = np.promote_types(before.dtype, compute_dtype(base.dtype))
+        self.grain = max(before.grain, unit, key=GRAINS.index)
+        self.row_length = _row_length(self.shape, self.grain)
+        self.before, self.combine, self.base = before, combine, base
+
+    def elements(self, low: int, high: int, *, start: int = 0) -> Elements:
+        """As `StoredLeaf.elements`; the run is merged when it is asked for."""
+        shape = shape_of_run(self, low, high)
+
+        def merge(_):
+            merged = self.combine(self.before.elements(low, high, start=start))
+            return merged.astype(self.dtype, copy=False).reshape(shape)
+
+        base = self.base.read(low, high, self.dtype).reshape(shape)
+        return Elements(xp=np, models=MadeOnUse(1, merge), base=base, start=start + low, streams=self.streams[:1])
+
+    def release(self) -> None:
+        """Forgets what was read as a whole."""
+        self.base.release()
+        self.before.release()
+
+
+Leaf = StoredLeaf | SteppedLeaf
+
+
+def split(leaf: Leaf, length: int, low: int = 0, high: int | None = None) -> Iterable[tuple[int, int]]:
+    """Runs of about `length` elements, of whole rows, or the whole leaf, as its grain has it."""
+    high = leaf.size if high is None else high
+    if leaf.grain == "leaf":
+        step = leaf.size
+    else:
+        step = length if leaf.grain == "element" else max(1, length // max(1, leaf.row_length)) * leaf.row_length
+    return [(first, min(first + step, high)) for first in range(low, high, max(1, step))]
+
+
+def shape_of_run(leaf: Leaf, low: int, high: int) -> tuple[int, ...]:
+    """Shape of the arrays of a run, see `Elements`."""
+    if leaf.unit == "leaf":
+        return leaf.shape
+    return (high - low,) if leaf.unit == "element" else (-1, leaf.shape[-1] if leaf.shape else 1)
+
+
+def _row_length(shape, grain):
+    """Rows of a stored matrix run along its inputs, and lie one after another."""
+    return shape[-1] if grain == "row" and shape else math.prod(shape)

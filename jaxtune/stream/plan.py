@@ -1,0 +1,141 @@
+"""What a merge will take, from its jobs alone: bytes, memory, time."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxtune.errors import ConfigError
+from jaxtune.lazy import is_lazy
+from jaxtune.merge.arrays import compute_dtype
+from jaxtune.merge.registry import METHODS
+from jaxtune.recipes.jobs import MergeJobs, TensorJob
+from jaxtune.stream.files import OutputFiles
+from jaxtune.stream.order import MAX_KEPT
+from jaxtune.stream.run import BLOCK, SPAN, count_cores
+
+RUNTIME_BYTES = 90 * 2**20  # Python, NumPy and SciPy
+# Arrays of a run that a method holds beside the models and the base: what it computes, and temporaries.
+WORKING_ARRAYS = {"element": 8, "row": 10, "leaf": 6}
+# Nanoseconds an element and an input on one core of 2023, by unit; a leaf's by its smaller side besides.
+NANOSECONDS = {"element": 1.2, "row": 6.0, "leaf": 12.0}
+NANOSECONDS_A_SIDE = 0.08  # and an element: products and factorisations of matrices
+WRITE_NANOSECONDS = 0.5  # a byte, into the page cache
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will take.
+
+    Attributes:
+        num_tensors: Of the output.
+        num_merged: Of them those that are computed and not copied.
+        read_bytes: Of the inputs, each once; methods that know the whole leaf first read it again from the page cache.
+        write_bytes: Of the output.
+        memory_bytes: Anonymous memory at the peak, at most about.
+        num_workers: Threads that fit.
+        seconds: With warm files, about.
+        methods: Name -> number of tensors.
+        dtypes: Dtype -> number of tensors of the output.
+    """
+
+    num_tensors: int
+    num_merged: int
+    read_bytes: int
+    write_bytes: int
+    memory_bytes: int
+    num_workers: int
+    seconds: float
+    methods: Mapping[str, int]
+    dtypes: Mapping[str, int]
+
+
+def plan_merge(
+    jobs: MergeJobs, files: OutputFiles, *, memory_bytes: int | None = None, num_workers: int | None = None
+) -> MergePlan:
+    """Adds up what every job takes.
+
+    Args:
+        jobs: Resolved.
+        files: Where they go.
+        memory_bytes: What may be used; fewer threads work where they would need more.
+        num_workers: Threads at most; None: one a core.
+
+    Raises:
+        ConfigError: even one thread needs more memory.
+    """
+    num_workers = num_workers or count_cores()
+    needs, where = max(((memory_of(job), job.name) for job in jobs.jobs), default=(0, ""))
+    whole = max((lazy_bytes(jobs, job) for job in jobs.jobs), default=0)
+    if memory_bytes is not None:
+        fits = (memory_bytes - RUNTIME_BYTES - whole) // max(needs, 1)
+        if fits < 1:
+            raise ConfigError(
+                f"a memory of {memory_bytes >> 20} MiB is too little: tensor {where!r} alone takes "
+                f"{(RUNTIME_BYTES + whole + needs >> 20) + 1} MiB. Pass --memory {(RUNTIME_BYTES + whole + needs >> 20) + 1}MiB."
+            )
+        num_workers = min(num_workers, int(fits))
+    methods: dict[str, int] = {}
+    dtypes: dict[str, int] = {}
+    read, cost = 0, 0.0
+    for job in jobs.jobs:
+        methods[job.method] = methods.get(job.method, 0) + 1
+        dtypes[str(job.out_dtype)] = dtypes.get(str(job.out_dtype), 0) + 1
+        read += sum(_stored_bytes(jobs, job, source) for source in _sources(job))
+        cost += _nanoseconds(job)
+    return MergePlan(
+        num_tensors=len(jobs.jobs),
+        num_merged=len(jobs.jobs) - methods.get("copy", 0),
+        read_bytes=read,
+        write_bytes=files.num_bytes,
+        memory_bytes=RUNTIME_BYTES + whole + num_workers * needs,
+        num_workers=num_workers,
+        seconds=0.3 + (cost / num_workers + files.num_bytes * WRITE_NANOSECONDS) * 1e-9,
+        methods=methods,
+        dtypes=dtypes,
+    )
+
+
+def memory_of(job: TensorJob) -> int:
+    """Bytes that one thread holds while it works on a job."""
+    if job.method == "copy":
+        return SPAN * job.out_dtype.itemsize
+    method = METHODS[job.method]
+    unit, size = method.unit_of(job.options), math.prod(job.shape)
+    wide = compute_dtype(job.out_dtype if job.dtype is None else job.dtype).itemsize
+    run = {"element": BLOCK, "row": max(BLOCK, job.shape[-1] if job.shape else 1), "leaf": size}[unit]
+    arrays = len(job.sources) + (job.base is not None) + WORKING_ARRAYS[unit]
+    span = size if unit == "leaf" else min(SPAN, size)
+    kept = min(MAX_KEPT, size) * (wide + 8) if "density" in job.options else 0
+    return min(run, max(size, 1)) * wide * arrays + span * job.out_dtype.itemsize + kept
+
+
+def lazy_bytes(jobs: MergeJobs, job: TensorJob) -> int:
+    """Bytes of the leaves of a job that are made as a whole: of adapters, of torch files that are not mapped."""
+    leaves = [jobs.models[source.model].params.get(source.name) for source in _sources(job)] if _is_open(jobs) else []
+    return sum(leaf.nbytes for leaf in leaves if leaf is not None and is_lazy(leaf))
+
+
+def _is_open(jobs):
+    return all(hasattr(model, "params") for model in jobs.models)
+
+
+def _sources(job):
+    return (*job.sources, *(() if job.base is None else (job.base,)))
+
+
+def _stored_bytes(jobs, job, source):
+    info = jobs.models[source.model].layout.tensors.get(source.name)
+    return 0 if info is None else math.prod(info.shape) * np.dtype(info.dtype).itemsize
+
+
+def _nanoseconds(job):
+    size, num_inputs = math.prod(job.shape), len(_sources(job))
+    if job.method == "copy":
+        return 0.0
+    unit = METHODS[job.method].unit_of(job.options)
+    nanoseconds = size * num_inputs * NANOSECONDS[unit]
+    if unit == "leaf" and len(job.shape) >= 2:
+        nanoseconds += size * num_inputs * min(job.shape[0], size // job.shape[0]) * NANOSECONDS_A_SIDE
+    return nanoseconds
