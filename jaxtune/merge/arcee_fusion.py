@@ -1,6 +1,7 @@
 """Arcee Fusion: the model's values where they matter by an outlier's rule, the base's elsewhere."""
 
 from jaxtune.merge.affine import BASE, take
+from jaxtune.merge.masks import choose
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
@@ -39,7 +40,7 @@ def _softmax(xp, values):
 
 
 def _choose(elements: Elements, threshold: float) -> Leaf:
-    return elements.xp.where(find_importance(elements) >= threshold, elements.models[0], elements.base)
+    return choose(elements.xp, find_importance(elements) >= threshold, elements.models[0], elements.base)
 
 
 ARCEE_FUSION = Method(

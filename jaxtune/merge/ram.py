@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jaxtune.merge.masks import keep
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, Elements, View, sum_wide
 from jaxtune.types import Leaf
@@ -13,7 +14,7 @@ def merge_ram(view: View, *, epsilon: float = 1e-5) -> Combine:
     Reference:
         arXiv:2601.13572; mergekit 0.1.5.
     """
-    return Combine(_average_changes, (epsilon, (1.0,) * view.num_models))
+    return Combine(_average_changes, (epsilon, (1.0,) * view.num_models), (("has_gains", False),))
 
 
 def merge_ramplus_tl(view: View, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Combine:
@@ -33,14 +34,14 @@ def merge_ramplus_tl(view: View, *, r: float = 0.1, alpha: float = 0.2, epsilon:
     counts = view.reduce(_count_changes, epsilon)
     ratio = view.xp.clip(counts[:, 0] / view.xp.maximum(counts[:, 1], epsilon), 0.0, alpha)
     gains = 1 + r * ratio
-    return Combine(_average_changes, (epsilon, tuple(gains[k] for k in range(view.num_models))))
+    return Combine(_average_changes, (epsilon, tuple(gains[k] for k in range(view.num_models))), (("has_gains", True),))
 
 
 def _changes(elements, epsilon):
     xp, changed, count = elements.xp, [], None
     for delta in elements.deltas:
         changed.append(xp.abs(delta) > epsilon)
-        one = changed[-1].astype(np.int32)
+        one = changed[-1].astype(np.int8 if len(elements.models) < 128 else np.int32)
         count = one if count is None else count + one
     return changed, count
 
@@ -54,12 +55,14 @@ def _count_changes(elements, epsilon):
     return elements.xp.stack(rows)
 
 
-def _average_changes(elements: Elements, epsilon: float, gains: tuple) -> Leaf:
+def _average_changes(elements: Elements, epsilon: float, gains: tuple, *, has_gains: bool) -> Leaf:
     xp = elements.xp
     changed, count = _changes(elements, epsilon)
     is_unique, merged = count == 1, None
     for delta, one, gain in zip(elements.deltas, changed, gains, strict=True):
-        part = xp.where(one, delta * xp.where(is_unique, gain, 1.0).astype(delta.dtype), 0.0)
+        part = keep(xp, one, delta)
+        if has_gains:
+            part = part + keep(xp, is_unique, part) * (gain - 1.0)
         merged = part if merged is None else merged + part
     return elements.base + merged / xp.maximum(count, 1).astype(merged.dtype)
 

@@ -40,13 +40,14 @@ def draw_bits(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...]) -> Le
     size = int(np.prod(shape, dtype=np.int64))
     if xp is np:
         start = int(start)
-        if (start >> 32) != ((start + size) >> 32):  # a run across 2^32 is two runs
+        if (start >> 32) != ((start + max(size, 1) - 1) >> 32):  # a run across 2^32 is two runs
             first = (1 << 32) - (start & 0xFFFFFFFF)
             parts = [draw_bits(xp, stream, start, (first,)), draw_bits(xp, stream, start + first, (size - first,))]
             return np.concatenate(parts).reshape(shape)
         low, high = np.uint32(start & 0xFFFFFFFF), np.uint32(start >> 32)
     else:
-        low, high = xp.asarray(start).astype(np.uint32), np.uint32(0)  # of leaves of up to 2^32 elements
+        start = xp.asarray(start)
+        low, high = start.astype(np.uint32), (start >> 32 if start.dtype.itemsize == 8 else start * 0).astype(np.uint32)
     with np.errstate(over="ignore"):
         words = xp.arange(size, dtype=np.uint32) + low
         # Two rounds: the second key keeps two streams whose first keys are near from being shifts of each other.
@@ -62,6 +63,23 @@ def draw_uniform(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...]) ->
 
 def _mix(xp, words):
     """triple32: every bit in decides every bit out with a probability within 0.02 % of one half."""
-    for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+    if xp is np:
+        return _mix_in_place(words)
+    for shift, factor in _STEPS:
         words = (words ^ (words >> np.uint32(shift))) * np.uint32(factor)
     return words ^ (words >> np.uint32(14))
+
+
+def _mix_in_place(words):
+    """The same in the memory of `words`: twice as fast."""
+    shifted = np.empty_like(words)
+    for shift, factor in _STEPS:
+        np.right_shift(words, np.uint32(shift), out=shifted)
+        words ^= shifted
+        words *= np.uint32(factor)
+    np.right_shift(words, np.uint32(14), out=shifted)
+    words ^= shifted
+    return words
+
+
+_STEPS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))

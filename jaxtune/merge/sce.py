@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.merge.affine import take
+from jaxtune.merge.masks import keep, sign_of
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between
 from jaxtune.merge.sparsify import within
@@ -63,7 +64,7 @@ def _select(elements, cut):
     if not cut:
         return list(elements.deltas)
     selected = within(elements, _variance(elements), *cut)
-    return [elements.xp.where(selected, delta, 0.0) for delta in elements.deltas]
+    return [keep(elements.xp, selected, delta) for delta in elements.deltas]
 
 
 def _sum_squares(elements, cut):
@@ -72,7 +73,7 @@ def _sum_squares(elements, cut):
 
 def _erase(elements, share, cut):
     xp, deltas = elements.xp, _select(elements, cut)
-    sign = xp.where(sum(deltas[1:], deltas[0]) >= 0, 1.0, -1.0).astype(elements.dtype)
+    sign = sign_of(sum(deltas[1:], deltas[0]) >= 0, elements.dtype)
     merged = weights = None
     for delta, factor in zip(deltas, share, strict=True):
         agreeing = xp.maximum(delta * sign, 0.0)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxtune.merge.affine import is_known, only_whole, take
+from jaxtune.merge.masks import sign_of
 from jaxtune.merge.sparsify import Cut, sparse_delta
 from jaxtune.merge.view import Combine, Elements, View, sum_wide
 from jaxtune.types import Leaf
@@ -79,7 +80,7 @@ def _add_elected(elements, factors, numbers, weight, scale, at_zero, *, rules, v
     xp = elements.xp
     values = _values(elements, factors, numbers, rules)
     votes = _votes(xp, values, vote)
-    sign = xp.where(votes >= 0, 1.0, -1.0).astype(votes.dtype)
+    sign = sign_of(votes >= 0, votes.dtype)
     if not plus:
         sign = xp.where(votes == 0, at_zero, sign).astype(votes.dtype)
     merged = share = None
@@ -92,7 +93,7 @@ def _add_elected(elements, factors, numbers, weight, scale, at_zero, *, rules, v
             agrees = agrees if normalize == "count" else agrees * factor
             share = agrees if share is None else share + agrees
     if normalize:
-        merged = merged / xp.where(share == 0, 1.0, share)
+        merged = merged / (share + (share == 0).astype(share.dtype))
     return elements.base + merged * sign * scale
 
 
