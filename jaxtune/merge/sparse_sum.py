@@ -61,7 +61,8 @@ def add_elected(
         vote: Whether votes are the values ("sum") or their signs ("count").
         weigh_votes: Whether models vote, and agree, with the weighted value: a model of negative weight then votes for
             the opposite of its task vector.
-        zero_vote: What a vote of zero elects: "plus", or the "majority" of the signs of all elements of the view.
+        zero_vote: What a vote of zero elects: "plus"; the "majority" of the signs of all elements of the view; or
+            "none", with which nobody agrees.
     """
     whole = only_whole([scale if normalize is True and not is_known(w, 0.0) else w * scale for w in weight])
     if whole is not None and cuts[whole].rule == "all":
@@ -69,7 +70,7 @@ def add_elected(
     factors = tuple(w * g for w, g in zip(weight, gains, strict=True)) if weigh_votes else tuple(gains)
     numbers = (factors, tuple(cut.numbers for cut in cuts))
     ballot = {"rules": tuple(cut.rule for cut in cuts), "vote": vote}
-    at_zero = 1.0
+    at_zero = 0.0 if zero_vote == "none" else 1.0
     if zero_vote == "majority":
         at_zero = view.xp.where(view.reduce(_count_signs, *numbers, **ballot) > 0, 1.0, -1.0)
     constants = {**ballot, "normalize": normalize, "weigh_votes": weigh_votes, "plus": zero_vote == "plus"}
@@ -82,7 +83,7 @@ def _add_elected(elements, factors, numbers, weight, scale, at_zero, *, rules, v
     votes = _votes(xp, values, vote)
     sign = sign_of(votes >= 0, votes.dtype)
     if not plus:
-        sign = xp.where(votes == 0, at_zero, sign).astype(votes.dtype)
+        sign = sign + (votes == 0).astype(votes.dtype) * (at_zero - 1.0)  # a vote of zero counted as plus
     merged = share = None
     for value, factor in zip(values, weight, strict=True):
         agreeing = xp.maximum(value * sign, 0.0)  # in the direction of the elected sign

@@ -16,7 +16,7 @@ CHOICES = {
     "count": ("at_least_one", "floor", "one_more"),
     "vote": ("sum", "count"),
     "weigh_votes": (True, False),
-    "zero_vote": ("plus", "majority"),
+    "zero_vote": ("plus", "majority", "none"),
     "normalize": (True, False, "count"),
 }
 
