@@ -13,7 +13,7 @@ from typing import Any
 from jaxtune.models.keys import KeyTable
 
 DEFAULT = "default"
-NUMBER = re.compile(r"(?:^|(?<=[./])|(?<=block_))(\d+)(?=[./])")
+NUMBER = re.compile(r"(?:^|[./]|block_)(\d+)[./]")
 BLOCK = re.compile(r"(?:(?P<module>[^/]+)/)?block_\d+/")
 # What stands before the first layer; of slices it comes from the first one. Everything else comes from the last.
 FIRST = re.compile(
@@ -85,9 +85,9 @@ def find_architecture(config: Mapping[str, Any], names: Iterable[str], table: Ke
         names: Of its stored tensors.
         table: Of its family, where it is known.
     """
-    names = list(names)
+    numbers = {name: NUMBER.search(name) for name in names}
     prefixes = _prefixes_of_table(table) if table is not None else {}
-    counts = _count(names)
+    counts = _count(numbers)
     prefixes = {prefix: module for prefix, module in prefixes.items() if prefix in counts}
     if not prefixes:
         prefixes = _choose_prefixes(config, counts)
@@ -100,11 +100,10 @@ def find_architecture(config: Mapping[str, Any], names: Iterable[str], table: Ke
     roots = _find_roots({module: stack.prefix for module, stack in stacks.items()})
     rest = _module_of_rest(list(stacks))
     places = {}
-    for name in names:
-        match = NUMBER.search(name)
-        module = prefixes.get(name[: match.start()]) if match else None
+    for name, match in numbers.items():
+        module = prefixes.get(name[: match.start(1)]) if match else None
         if module is not None:
-            places[name] = Place(module, int(match[1]), name[match.end() :])
+            places[name] = Place(module, int(match[1]), name[match.end(1) :])
             continue
         module = next((module for root, module in roots if name.startswith(root)), rest)
         if name.startswith("vis") and "vision" in stacks:  # projections out of a tower, beside it
@@ -146,13 +145,12 @@ def with_field(config: Mapping[str, Any], field: str, value: Any) -> dict[str, A
     return {**config, key: with_field(config.get(key) or {}, rest, value) if rest else value}
 
 
-def _count(names) -> dict[str, int]:
+def _count(numbers) -> dict[str, int]:
     """Prefix of the first number -> how many layers, where they count from 0 without a gap."""
     found: dict[str, set[int]] = {}
-    for name in names:
-        match = NUMBER.search(name)
+    for name, match in numbers.items():
         if match:
-            found.setdefault(name[: match.start()], set()).add(int(match[1]))
+            found.setdefault(name[: match.start(1)], set()).add(int(match[1]))
     return {prefix: len(numbers) for prefix, numbers in found.items() if len(numbers) == max(numbers) + 1}
 
 
@@ -162,7 +160,7 @@ def _prefixes_of_table(table) -> dict[str, str]:
     for row in table.rows:
         block, number = BLOCK.match(row.leaves[0]), NUMBER.search(row.names[0])
         if block and number:
-            prefixes.setdefault(row.names[0][: number.start()], block["module"] or DEFAULT)
+            prefixes.setdefault(row.names[0][: number.start(1)], block["module"] or DEFAULT)
     return prefixes if len(set(prefixes.values())) == len(prefixes) else {}
 
 

@@ -93,12 +93,7 @@ def _check_quantised(model, problems):
 
 
 def _dtypes(model):
-    return {str(info.dtype) for info in model.tensors.values() if not is_whole_number(info.dtype)}
-
-
-def is_whole_number(dtype: Any) -> bool:
-    """Whether a stored dtype is of integers or booleans."""
-    return dtype.kind in "iub"
+    return {str(dtype) for dtype in {info.dtype for info in model.tensors.values()} if dtype.kind not in "iub"}
 
 
 def _is_overridden(*models):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from jaxtune.recipes.chain import made_name
 from jaxtune.recipes.jobs import Planned, Transported
 from jaxtune.recipes.nodes import Node
 from jaxtune.recipes.references import ModelReference, find_folder
-from jaxtune.recipes.vocabularies import HEAD, find_table
+from jaxtune.recipes.vocabularies import HEAD, find_table, find_vocabulary
 from jaxtune.tree import flatten, unflatten
 
 # Tensors that a network computes by itself and older files hold: nothing depends on them.
@@ -41,7 +41,8 @@ class Opened:
         config: Its config.json.
         architecture: Places of its tensors.
         ties: Name of a tensor that repeats another, stored or not -> that other.
-        is_computed: Says of a name whether the network makes this tensor itself.
+        computed: Names of tensors that the network makes itself.
+        rows: Name of every tensor with a row a token -> the axis that counts tokens.
         network: Our config of it; None where we do not know the family.
         side_files: Name -> where to read it.
     """
@@ -52,7 +53,8 @@ class Opened:
     config: Mapping[str, Any]
     architecture: Architecture
     ties: Mapping[str, str]
-    is_computed: Callable[[str], bool]
+    computed: Set[str]
+    rows: Mapping[str, int]
     network: Any
     side_files: Mapping[str, Any]
 
@@ -107,15 +109,18 @@ def describe(label: str, stored: Any) -> Opened:
         except (ConfigError, TreeMismatchError):  # a relative of the family; its names still tell
             network = table = None
     ignored = re.compile("|".join(f"(?:{one})" for one in (*(table.ignored if table else ()), COMPUTED)))
-    ties = dict(table.ties) if table else _guess_ties(config, tensors)
+    architecture = find_architecture(config, tensors, table)
+    outside = {name: tensors[name] for name, place in architecture.places.items() if place.layer is None}
+    ties = dict(table.ties) if table else _guess_ties(config, outside)
     return Opened(
         label=label,
         model=stored,
         tensors=tensors,
         config=config,
-        architecture=find_architecture(config, tensors, table),
+        architecture=architecture,
         ties={name: original for name, original in ties.items() if original in tensors},
-        is_computed=lambda name: ignored.fullmatch(name) is not None,
+        computed={name for name in tensors if ignored.fullmatch(name)},
+        rows=find_vocabulary(outside),
         network=network,
         side_files=stored.side_files,
     )

@@ -50,6 +50,14 @@ class PartOptions:
                 ]
             else:
                 self._shared[option] = Resolver(_levels(option, part.levels), kinds[option], default)
+        # Most options are the same for all tensors at one depth; only those with filters are looked up by name.
+        self._filtered = [(option, resolve) for option, resolve in self._shared.items() if resolve.has_filters]
+        self._own_filtered = [
+            (option, at, resolve)
+            for option, each in self._own.items()
+            for at, resolve in enumerate(each)
+            if resolve.has_filters
+        ]
         self._made: dict[tuple, Mapping[str, Any]] = {}
         self._check_counts(part)
         self._check_weights(part)
@@ -62,13 +70,14 @@ class PartOptions:
             names: In each of the sources without the base; filters of their own options look at these.
             t: Depth, 0 the first layer of the part and 1 the last.
         """
-        values = tuple(resolve(name, t) for resolve in self._shared.values())
-        values += tuple(
-            tuple(resolve(own, t) for resolve, own in zip(each, names, strict=True)) for each in self._own.values()
-        )
-        made = self._made.get(values)
+        key = (t, *(resolve(name, t) for _, resolve in self._filtered))
+        key += tuple(resolve(names[at], t) for _, at, resolve in self._own_filtered)
+        made = self._made.get(key)
         if made is None:
-            made = self._made[values] = dict(zip([*self._shared, *self._own], values, strict=True))
+            made = {option: resolve(name, t) for option, resolve in self._shared.items()}
+            for option, each in self._own.items():
+                made[option] = tuple(resolve(own, t) for resolve, own in zip(each, names, strict=True))
+            self._made[key] = made
             self._check(made, name)
         return made
 

@@ -75,6 +75,11 @@ class Resolver:
         self._by_depth: dict[float, Any] | None = None if any(level.has_filters for level in levels) else {}
         self._by_name: dict[tuple, Any] = {}
 
+    @property
+    def has_filters(self) -> bool:
+        """Whether the value depends on the tensor's name."""
+        return self._by_depth is None
+
     def __call__(self, name: str, t: float) -> Any:
         """The value for the tensor `name` at depth `t`, 0 the first layer of its slice and 1 the last."""
         if self._by_depth is not None:

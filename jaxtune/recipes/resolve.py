@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jaxtune.merge.post_steps import POST_STEPS
 from jaxtune.recipes import chat
 from jaxtune.recipes.architecture import get_field, with_field
 from jaxtune.recipes.compare import compare_configs, compare_dtypes
@@ -20,7 +19,7 @@ from jaxtune.recipes.tensors import Names, make_job, walk_module
 from jaxtune.recipes.tokenizer_files import NAMES as TOKENIZER_NAMES
 from jaxtune.recipes.tokenizer_files import write_tokenizer
 from jaxtune.recipes.tokenizers import plan_vocabulary
-from jaxtune.recipes.vocabularies import find_table, find_vocabulary
+from jaxtune.recipes.vocabularies import find_table
 
 MAX_PROBLEMS = 24  # shown; the rest is counted
 VOCABULARY_FIELDS = ("vocab_size", "text_config.vocab_size", "text_cfg.vocab_size", "text.vocab_size")
@@ -86,7 +85,11 @@ def plan_result(jobs: MergeJobs, path: str | Path) -> Planned:
 def _make_jobs(recipe, models, parts, out, vocabulary, problems, notes) -> list[TensorJob]:
     """Jobs of all tensors; what does not fit goes to `problems`."""
     names = [Names(model, out) for model in models]
-    axes = [find_vocabulary(model.tensors) for model in models]
+    axes = [model.rows for model in models]
+
+    def has_row_a_token(index, name):
+        return name in axes[index]
+
     jobs: list[TensorJob] = []
     shapes: list[str] = []
     vocabularies: dict[str, None] = {}
@@ -98,9 +101,9 @@ def _make_jobs(recipe, models, parts, out, vocabulary, problems, notes) -> list[
                 options[id(part)] = PartOptions(recipe, part, labels, problems)
             indices = [source.index for source in part.sources]
             for one in wanted:
-                has_rows = [name in axes[index] for index, name in zip(indices, one.names, strict=True)]
                 rows = None
-                if any(has_rows):
+                has_rows = one.layer is None and any(map(has_row_a_token, indices, one.names))
+                if has_rows:
                     fits = _check_vocabulary(one, part, models, axes, vocabulary, problems, vocabularies)
                     if not fits:
                         continue
@@ -153,7 +156,7 @@ def _copy_computed(recipe, out, notes) -> list[TensorJob]:
     """Tensors that the network computes itself, where the base's file holds them and layers stay where they are."""
     jobs, left = [], 0
     for name, info in out.tensors.items():
-        if not out.is_computed(name) or name in out.ties:
+        if name not in out.computed or name in out.ties:
             continue
         if recipe.models is None and out.architecture.places[name].layer is not None:
             left += 1
@@ -184,8 +187,8 @@ def _config_of(recipe, models, parts, out, vocabulary, jobs, notes) -> dict[str,
     """config.json of the output."""
     config = dict(out.config)
     dtype = recipe.out_dtype or recipe.dtype
-    found = {str(job.out_dtype) for job in jobs if job.out_dtype.kind not in "iub"}
-    stored = {str(info.dtype) for info in out.tensors.values() if info.dtype.kind not in "iub"}
+    found = {str(dtype) for dtype in {job.out_dtype for job in jobs} if dtype.kind not in "iub"}
+    stored = {str(dtype) for dtype in {info.dtype for info in out.tensors.values()} if dtype.kind not in "iub"}
     if dtype is None and len(found) == 1:
         dtype = next(iter(found))
     for key in ("torch_dtype", "dtype"):
@@ -278,6 +281,10 @@ def _levels(recipe: Recipe) -> list[tuple[Mapping[str, Any], bool]]:
 
 def _check_post(recipe: Recipe) -> None:
     """Checks names and options of post-steps."""
+    if not recipe.post:
+        return
+    from jaxtune.merge.post_steps import POST_STEPS
+
     node = recipe.node.get("post")
     for at, (name, options) in enumerate(recipe.post):
         place: Node = node.value[at]

@@ -7,7 +7,6 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.recipes.architecture import Place
-from jaxtune.recipes.compare import is_whole_number
 from jaxtune.recipes.jobs import Source, TensorJob
 from jaxtune.recipes.opening import Opened
 from jaxtune.recipes.options import PartOptions
@@ -57,7 +56,7 @@ class Names:
         self._others: dict[str, str] = {}
         drop, add = _first_words(model, out)
         for name, place in model.architecture.places.items():
-            if model.is_computed(name) or name in model.ties:
+            if name in model.computed or name in model.ties:
                 continue
             if place.layer is not None:
                 self._layers.setdefault((place.module, place.layer), {})[place.part] = name
@@ -137,7 +136,11 @@ def _outside(module, part, names, out, is_first, depth, missing):
 
 def names_of_output(out: Opened, sources: Sequence[Names]) -> list[str]:
     """Tensors outside of the layers that the output has: those of its own that repeat no other, and the sources'."""
-    keys = dict.fromkeys(Names(out, out).others)
+    keys = {
+        name: None
+        for name, place in out.architecture.places.items()
+        if place.layer is None and name not in out.computed and name not in out.ties
+    }
     return list(keys | {key: None for source in sources for key in source.others})
 
 
@@ -197,7 +200,7 @@ def make_job(
         problems.append(f"{wanted.name}: {found}")
         return None
     dtypes = [info.dtype for info in infos]
-    if any(map(is_whole_number, dtypes)):
+    if any(dtype.kind in "iub" for dtype in dtypes):
         if len(set(dtypes)) > 1:
             found = ", ".join(f"{models[i].label} {dtype}" for i, dtype in zip(indices, dtypes, strict=True))
             problems.append(f"{wanted.name}: {found}; integers are copied, so that all must have the same")
@@ -224,7 +227,9 @@ def make_job(
         layer=wanted.layer,
         num_layers=wanted.num_layers,
     )
-    return replace(job, method="copy", options={}, post=()) if _is_copy(job, dtypes) else job
+    if recipe.merge_method == "passthrough" and _is_copy(job, dtypes):
+        return replace(job, method="copy", options={})
+    return job
 
 
 def promote(dtypes: Sequence[np.dtype]) -> np.dtype:
@@ -237,8 +242,7 @@ def promote(dtypes: Sequence[np.dtype]) -> np.dtype:
 def _is_copy(job, dtypes):
     """Whether a passthrough changes no byte."""
     return (
-        job.method == "passthrough"
-        and len(job.sources) == 1
+        len(job.sources) == 1
         and job.base is None
         and not job.post
         and job.sources[0].rows is None
