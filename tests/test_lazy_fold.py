@@ -1,6 +1,8 @@
 """Folding leaf by leaf: of lazy checkpoints the same bits as of whole ones, with nothing read that is not needed."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -11,10 +13,11 @@ from hub_models import MODELS, make_model, write_folder
 import jaxtune as jt
 from jaxtune import loading, symmetry, tree
 from jaxtune.cli import main
+from jaxtune.commands import transport_plan
 from jaxtune.errors import SpecError
 from jaxtune.lazy import LazyLeaf, is_lazy
 from jaxtune.loading import load, network_of
-from jaxtune.models import registry
+from jaxtune.models import decoder, registry
 from jaxtune.symmetry import canonical, folding
 from jaxtune.tree import flatten
 
@@ -143,3 +146,36 @@ def test_a_decoder_read_leaf_by_leaf_gives_the_same_folder_to_the_byte(method, l
             report.pop(name)
     assert reports[1] == reports[0]
     assert method == "full" or reports[0]["info"]["chosen"] == "full"
+
+
+# The command line, with models of any size taken for large; what it holds at the peak goes with the result.
+PROGRAM = "import sys; from jaxtune import cli, loading; loading.LAZY_BYTES = 0; sys.exit(cli.main())"
+
+
+@pytest.mark.slow
+def test_the_peak_stays_below_what_the_plan_says(tmp_path):
+    """Of a tied table, whose way back holds more at once than any other leaf's."""
+    config = decoder.Config(
+        vocab_size=1 << 16, width=256, depth=1, num_heads=4, num_kv_heads=2, head_width=64, mlp_width=512,
+        norm="rms", qkv_bias=False, out_bias=False, mlp_bias=False, tied=True,
+    )  # fmt: skip
+    draw, base = np.random.default_rng(0), registry.init(jax.random.key(0), config)
+    for name in ("old", "tuned", "new"):
+        params = tree.map_leaves(
+            lambda _, leaf: np.asarray(leaf + 0.02 * draw.standard_normal(leaf.shape, np.float32), ml_dtypes.bfloat16),
+            base,
+        )
+        jt.save(tmp_path / name, params, config=registry.config_to_dict(config))
+    stored = {name: load(tmp_path / name, lazy=True) for name in ("old", "tuned", "new")}
+    needed, how = transport_plan._count_leaf_by_leaf(
+        flatten(stored["new"].params).values(), "full", registry.symmetry_of(config)
+    )
+    assert how.startswith("leaf by leaf: 8 of 64.0 MiB")
+    words = [
+        f"--{role}={tmp_path / name}" for role, name in zip(("source", "finetuned", "target"), stored, strict=True)
+    ]
+    command = [sys.executable, "-c", PROGRAM, "transport", *words, f"--out={tmp_path / 'out'}", "--method=full"]
+    subprocess.run(command, check=True, capture_output=True)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["cost"]["peak_memory_bytes"] < transport_plan.RUNTIME_BYTES + needed
+    assert report["equivalence"]["is_exact"]

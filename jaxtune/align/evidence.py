@@ -183,7 +183,9 @@ def _tally(spec, target, moved):
         if path in spec.unmatched:
             continue
         a, b = np.asarray(leaf, np.float32).ravel(), np.asarray(moved[path], np.float32).ravel()
-        row = np.array([np.dot(a, b), np.dot(a, a), np.dot(b, b), np.dot(a - b, a - b)], np.float64)
+        apart = a - b
+        row = np.array([np.dot(a, b), np.dot(a, a), np.dot(b, b), np.dot(apart, apart)], np.float64)
+        del apart  # before the next leaf is read
         tally.all += row
         if np.ndim(leaf) >= 2:
             block = block_of(path)

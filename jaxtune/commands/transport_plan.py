@@ -9,8 +9,9 @@ from jaxtune.tree import count_parameters, flatten
 RUNTIME_BYTES = 500 * 2**20  # Python, JAX and its compiler before any weight is loaded
 # Copies of the weights in float32 that a method and its evidence hold at the peak; measured at 25 M weights.
 COPIES = {"identity": 14, "orthogonal_shift": 14, "permutation": 14, "transfusion": 14, "full": 19}
-# The same where leaves are read one at a time: copies of the largest leaf in float32, and tables of the largest group.
-LEAVES, TABLES = 6, 6
+# The same where leaves are read one at a time: copies of the largest leaf in float32 (folded and moved, or with noise,
+# there are more of it), float32 tables of the largest group, and float64 tables of a stream that is turned.
+LEAVES, FOLDED_LEAVES, TABLES, ROTATIONS = 6, 8, 6, 16
 
 
 def check_symmetry(config, method) -> None:
@@ -26,11 +27,9 @@ def describe_plan(models, method, config) -> str:
     stored = {role: model.layout.num_bytes for role, model in models.items()}
     names, target = models["target"].config, models["target"]
     leaves = flatten(target.params).values()
-    if any(map(is_lazy, leaves)) and method != "full":  # which folds whole networks
-        largest = 4 * max(leaf.size for leaf in leaves)
-        group = max(group.size for group in registry.symmetry_of(config).groups.values())
-        peak = RUNTIME_BYTES + LEAVES * largest + TABLES * 4 * group**2
-        how = f"leaf by leaf: {LEAVES} of {count_bytes(largest)}, {TABLES} tables of {group}²"
+    if any(map(is_lazy, leaves)):
+        needed, how = _count_leaf_by_leaf(leaves, method, registry.symmetry_of(config))
+        peak = RUNTIME_BYTES + needed
     else:
         working = 4 * count_parameters(target.params)
         peak = RUNTIME_BYTES + sum(stored.values()) + COPIES.get(method, COPIES["full"]) * working
@@ -43,3 +42,18 @@ def describe_plan(models, method, config) -> str:
         {"what": "peak memory, at most about", "value": f"{count_bytes(peak)} ({how})"},
     ]
     return render_table({"what": "plan", "value": ""}, rows) + "\nThe three fit together. Nothing was written."
+
+
+def _count_leaf_by_leaf(leaves, method, spec) -> tuple[int, str]:
+    """(bytes beyond the runtime's, of what) where leaves are read one at a time."""
+    largest = 4 * max(leaf.size for leaf in leaves)
+    group = max(group.size for group in spec.groups.values())
+    is_folded = method in ("full", "auto") and spec.form is not None
+    num_leaves = FOLDED_LEAVES if is_folded else LEAVES
+    needed = num_leaves * largest + TABLES * 4 * group**2
+    how = f"leaf by leaf: {num_leaves} of {count_bytes(largest)}, {TABLES} tables of {group}²"
+    if is_folded:
+        width = max(group.size for group in spec.groups.values() if group.role == "stream")
+        needed += ROTATIONS * 8 * width**2
+        how += f", {ROTATIONS} of {width}² in float64"
+    return needed, how

@@ -3,11 +3,12 @@
 import contextlib
 import json
 import math
+import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +32,11 @@ class Run:
     _began: float = field(default_factory=time.perf_counter)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times a part of the work, and shows on stderr that it goes on."""
+    def stage(self, name: str, how_far: Callable[[], str] = str) -> Iterator[None]:
+        """Times a part of the work, and shows on stderr that it goes on, with what `how_far` says of it."""
         began = time.perf_counter()
         try:
-            with Waiting(f"jaxtune {self.command}: {name}"):
+            with Waiting(lambda: f"jaxtune {self.command}: {name} {how_far()}".rstrip()):
                 yield
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - began
@@ -51,8 +52,22 @@ class Run:
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
+    if os.path.exists("/proc/self/status"):  # on Linux the call below begins with what the parent held at its start
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def own_memory() -> int | None:
+    """Memory of this process that is not a mapped file, now, in bytes; None where the system does not tell."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def describe_host() -> dict[str, Any]:

@@ -106,9 +106,10 @@ def _saved_of_noise(key, prepare, symmetry, target, source) -> float:
         if not is_float(leaf):
             return leaf
         apart = np.asarray(leaves[path], np.float32) - np.asarray(leaf, np.float32)
-        size = np.float32(np.sqrt(np.mean(np.square(apart, dtype=np.float64)))) if leaf.size else np.float32(0)
-        noise = np.asarray(jax.random.normal(named_key(key, path), leaf.shape, dtype=np.float32))
-        return (np.asarray(leaf, np.float32) + size * noise).astype(leaf.dtype)
+        size = np.float32(np.linalg.norm(apart) / max(leaf.size, 1) ** 0.5)
+        del apart  # of a large leaf, before as much noise is drawn
+        noise = np.asarray(size * np.asarray(jax.random.normal(named_key(key, path), leaf.shape, dtype=np.float32)))
+        return np.add(noise, leaf, out=noise, dtype=np.float32, casting="unsafe").astype(leaf.dtype)
 
     noisy = map_leaves(add_noise, source)
     return _saved(prepare(named_key(key, "search"), symmetry, source, source, noisy), noisy, source)
