@@ -166,8 +166,8 @@ def plan_vocabulary(
         if token not in vocabulary:
             _append(vocabulary, added, plain_entry(token))
     num_tokens = max(vocabulary.values()) + 1
-    num_rows = -(-num_tokens // block.pad_to_multiple_of) * block.pad_to_multiple_of
-    num_rows = num_rows if block.pad_to_multiple_of else num_tokens
+    multiple = block.pad_to_multiple_of or 1
+    num_rows = -(-num_tokens // multiple) * multiple
     rows = {}
     for at, tokens in enumerate(used):
         rows[at] = np.full(num_rows, -1, np.int64)
