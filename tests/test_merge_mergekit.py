@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxtune.merge.arrays import merge_trees
+from jaxtune.merge.random_bits import draw_uniform, make_stream
 from jaxtune.merge.registry import METHODS
 
 torch = pytest.importorskip("torch")
@@ -51,6 +52,7 @@ CASES = {
     "ram": [(3, dict(epsilon=0.08))],
     "ramplus_tl": [(3, dict(epsilon=0.08)), (4, dict(epsilon=0.1, r=2.0, alpha=5.0))],
 }
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 MAY_HAVE_A_BASE = ("nuslerp", "multislerp")
 WITHOUT_BASE = ("linear", "karcher", "passthrough", *MAY_HAVE_A_BASE)
 
@@ -115,3 +117,34 @@ def test_a_method_gives_what_mergekit_gives(name, count, options, has_base, dtyp
         scale = np.abs(leaf).max()
         np.testing.assert_allclose(found[path], leaf, rtol=tolerance, atol=tolerance * scale, err_msg=path)
         assert found[path].dtype == dtype
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_random_method_gives_what_mergekit_gives_with_the_same_draws(name, normalize, rescale, monkeypatch):
+    base, models = draw(3, np.float64)
+    base.pop("conv")  # della ranks those along another axis there
+    models = [{path: model[path] for path in base} for model in models]
+    drawn = (
+        draw_uniform(np, make_stream(5, model, path), 0, leaf.shape)
+        for path, leaf in base.items()
+        for model in range(len(models))
+    )
+
+    def bernoulli(odds):
+        return (torch.from_numpy(next(drawn)).reshape(odds.shape) < odds).to(odds.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", bernoulli)
+    options = {"weight": (0.7, -0.2, 0.5), "density": 0.6, "lambda": 0.8, "normalize": normalize, "rescale": rescale}
+    expected = {}
+    for path, leaf in base.items():  # leaf by leaf: draws are taken in order
+        tensors = [torch.from_numpy(tree[path]) for tree in (base, *models)]
+        found = merge_methods.api.merge_tensors(tensors, name, parameters=options, base_index=0)
+        expected[path] = found.numpy()
+        assert leaf.shape == found.shape
+    assert next(drawn, None) is None
+    found = merge_trees(METHODS[name], models, base, input_axis=-1, seed=5, **options)
+    for path, leaf in expected.items():
+        # What is random is computed in float32 there, whatever the dtype of the models.
+        np.testing.assert_allclose(found[path], leaf, rtol=1e-6, atol=1e-6, err_msg=path)

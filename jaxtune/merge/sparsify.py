@@ -127,7 +127,7 @@ def find_gains(view: View, cuts: Sequence[Cut], density: Sequence[Any], rescale:
     """
     gains: list[Any] = [1.0] * len(cuts)
     partial = [k for k, cut in enumerate(cuts) if cut.rule not in ("all", "none")]
-    if not rescale or not partial:
+    if not rescale or not partial or view.size == 0:
         return tuple(gains)
     if rescale == "keep":
         return tuple(1.0 / density[k] if k in partial else 1.0 for k in range(len(cuts)))
