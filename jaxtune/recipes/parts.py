@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.recipes.carry import check_transport
 from jaxtune.recipes.nodes import Node, RecipeError, did_you_mean
 from jaxtune.recipes.opening import Opened, open_reference, transported
 from jaxtune.recipes.parameters import Parameters
@@ -78,7 +79,7 @@ class Models:
             return None
         model, base, onto = (self.opened[part] for part in parts)
         key = (entry.model, step.base, target, step.method, repr(sorted(step.options.items())))
-        return self._remember(key, lambda: transported(model, base, onto, step.method, step.options))
+        return self._remember(key, lambda: _transported(step, model, base, onto))
 
     def plain_index(self) -> dict[ModelReference, int]:
         """Model, as a recipe names it -> its index; of a model that is carried over, its own tensors' index."""
@@ -93,6 +94,15 @@ class Models:
             except JaxtuneError as error:
                 self.errors.append(str(error))
         return self._index[key]
+
+
+def _transported(step, model, base, onto):
+    opened = transported(model, base, onto, step.method, step.options)
+    try:
+        check_transport(opened.model)
+    except JaxtuneError as error:
+        raise step.node.error(str(error)) from error
+    return opened
 
 
 def open_models(recipe: Recipe, made: Mapping[str, Any] | None = None) -> Models:
