@@ -23,9 +23,10 @@ _CALLS = {
     "task_vector": "jaxtune.tree",
     "apply_task_vector": "jaxtune.tree",
     "symmetry_of": "jaxtune.models.registry",
+    "merge_recipe": "jaxtune.merging",
 }
 # Calls that share their name with a package: the package itself answers the call, through `jaxtune.api`.
-_PACKAGE_CALLS = ("align", "evaluate", "interpolate", "transport")
+_PACKAGE_CALLS = ("align", "evaluate", "interpolate", "merge", "transport")
 
 __all__ = ["__version__", *_CALLS, *_PACKAGE_CALLS]
 

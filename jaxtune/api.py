@@ -22,13 +22,14 @@ from jaxtune.align.registry import METHODS as ALIGN_METHODS
 from jaxtune.align.registry import find_element
 from jaxtune.align.weights import match_weights
 from jaxtune.checkpoint import Checkpoint
+from jaxtune.combining import interpolate as interpolate
+from jaxtune.combining import merge as merge
 from jaxtune.data.source import open_source
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
 from jaxtune.evaluate.equivalence import Equivalence
 from jaxtune.evaluate.exactness import verify_element
 from jaxtune.evaluate.example import apply_to_matrix, example_batch
-from jaxtune.interpolate.line import interpolate_linear
 from jaxtune.lazy import is_lazy
 from jaxtune.loading import Model, load, network_of, open_models, share_vocabulary
 from jaxtune.models import registry
@@ -224,17 +225,6 @@ def transport(
     if evidence is not None:
         expected = expect_recovery(evidence.residual["identity" if prepared.element is None else "found"])
     return Transport(params, prepared, evidence, equivalence, expected)
-
-
-def interpolate(first: Model, second: Model, weight: float = 0.5) -> dict[str, Any]:
-    """The model at `weight` on the straight line from `first` (0) to `second` (1).
-
-    Raises:
-        ConfigError: two checkpoints differ in their architecture.
-        TreeMismatchError: the trees differ in a path or a shape.
-    """
-    models, _ = open_models({"first": first, "second": second}, None)
-    return interpolate_linear(models["first"], models["second"], weight)
 
 
 def evaluate(model: Model, source: Any, *, config: Any = None, **options: Any) -> Metrics:

@@ -85,6 +85,24 @@ def build_parser() -> argparse.ArgumentParser:
     transport.add_argument("--plan", action="store_true", help="check, say what it takes, write nothing")
     _add_common(transport)
 
+    merge = add("merge", "one model of many, as a recipe says: mergekit's schema, or ours, which adds to it")
+    merge.add_argument("recipe", metavar="RECIPE.yaml")
+    merge.add_argument("--out", metavar="DIR", help="where the result goes")
+    merge.add_argument("--plan", action="store_true", help="check everything, say what it takes, write nothing")
+    merge.add_argument("--memory", metavar="SIZE", default="1GiB", help="that may be used (default: %(default)s)")
+    merge.add_argument("--threads", type=int, help="that work (default: one a core)")
+    merge.add_argument(
+        "--device",
+        choices=("auto", "host", "jax"),
+        default="auto",
+        help="host: NumPy; jax: all local devices; auto: jax where there is an accelerator (default: %(default)s)",
+    )
+    merge.add_argument("--distributed", action="store_true", help="several processes, as the cluster starts them")
+    merge.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes that are started by hand")
+    merge.add_argument("--process", type=int, help="number of this one")
+    merge.add_argument("--processes", type=int, help="how many there are")
+    _add_overwrite(merge)
+
     interpolate = add("interpolate", "a model on the straight line between two")
     interpolate.add_argument("first", metavar="A", help="weight 0")
     interpolate.add_argument("second", metavar="B", help="weight 1")
@@ -93,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     interpolate.add_argument("--out", metavar="DIR", required=True)
     _add_overwrite(interpolate)
 
-    methods = add("methods", "every align and transport method: options, defaults, data needs, reference")
+    methods = add("methods", "every align, transport and merge method: options, defaults, data needs, reference")
     methods.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

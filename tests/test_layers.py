@@ -32,14 +32,16 @@ MAY_IMPORT = {
 ALL_ABOVE = tuple(MAY_IMPORT)
 for room in ("stream", "train", "evaluate"):
     MAY_IMPORT[room] = ALL_ABOVE
+MAY_IMPORT["stream"] = (*ALL_ABOVE, "recipes")  # it does what the jobs of a resolved recipe say
 # Factors of a stored tensor (checkpoint) move as the leaves that its key table says (models, symmetry).
 MAY_IMPORT["adapters"] = (*GROUND, "symmetry", "models", "checkpoint")
 MAY_IMPORT["loading"] = (*GROUND, "symmetry", "models", "checkpoint", "transport")  # where the two meet
 # What a recipe asks for of which stored tensors: planned from headers, so the room opens checkpoints and knows methods.
 MAY_IMPORT["recipes"] = (*MAY_IMPORT["loading"], "loading", "adapters", "merge")
 MAY_IMPORT["adapting"] = (*MAY_IMPORT["loading"], "loading", "adapters")
-MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate")
-for room in ("api", "commands", "demo", "cli", "__init__", "__main__"):
+MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate", "recipes")
+MAY_IMPORT["combining"] = (*MAY_IMPORT["loading"], "loading", "merge", "interpolate")
+for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"):
     above = (
         "stream",
         "train",
@@ -49,6 +51,8 @@ for room in ("api", "commands", "demo", "cli", "__init__", "__main__"):
         "adapting",
         "recipes",
         "report",
+        "merging",
+        "combining",
         "api",
         "commands",
         "demo",
@@ -65,11 +69,11 @@ OUTSIDE = {
     "safetensors": set(),
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
-    "ml_dtypes": {"checkpoint", "tree", "recipes"},
+    "ml_dtypes": {"checkpoint", "tree", "recipes", "stream", "report"},
     "matplotlib": {"report", "data"},
     "PIL": {"data"},
     "tensorboardX": {"train"},
-    "yaml": {"recipes"},
+    "yaml": {"recipes", "report"},
     "mergekit": set(),
     "absl": set(),
     "ml_collections": {"demo"},

@@ -1,4 +1,4 @@
-"""The engine gives what the arrays in memory give, to the bit, whatever the blocks, threads, devices or interruptions."""
+"""The engine gives what arrays in memory give, to the bit, whatever the blocks, threads, devices or interruptions."""
 
 import ml_dtypes
 import numpy as np
@@ -126,7 +126,7 @@ def test_a_tensor_that_holds_nan_is_named(tmp_path):
 
 def test_integers_that_differ_are_refused(tmp_path):
     models = write_models(tmp_path, 2, change=lambda n, tensors: tensors.update(steps=np.arange(5) + (n == 2)))
-    with pytest.raises(TreeMismatchError, match="'steps'.*copied and not merged"):
+    with pytest.raises(TreeMismatchError, match=r"'steps'.*copied and not merged"):
         merge(make_jobs("linear", models), tmp_path / "work")
 
 

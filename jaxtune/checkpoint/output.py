@@ -159,7 +159,7 @@ def write_checkpoint(
     """
     for file in layout.files:
         if work is not None and isinstance(file.header, safetensors.Header):
-            _link(work / SHARDS_NAME / file.name, folder / file.name)
+            link_file(work / SHARDS_NAME / file.name, folder / file.name)
         else:
             file.header.write(folder / file.name, _reader_of(params, layout))
     for name, data in ((layout.config_name, layout.config), (INDEX_NAME, layout.index)):
@@ -191,7 +191,7 @@ def _reader_of(params, layout):
     return lambda name: round_to_stored(name, np.asarray(tensor_of(name)), stored[name].dtype)
 
 
-def _link(place, name):
+def link_file(place: Path, name: Path) -> None:
     """A second name for a finished file; a copy where the file system knows no links."""
     try:
         os.link(place, name)

@@ -40,8 +40,8 @@ def keep_work(out: str | Path, key: str) -> Iterator[Path]:
     Raises:
         OutputError: another process is at the same work, or the place cannot be written.
     """
+    work = work_folder(out, key)
     out = Path(os.path.abspath(out))
-    work = out.parent / f".jaxtune-{key}.work"
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = open(work / LOCK_NAME, "w")  # noqa: SIM115 - held for as long as the block runs
@@ -70,6 +70,11 @@ def keep_work(out: str | Path, key: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
     finally:
         lock.close()
+
+
+def work_folder(out: str | Path, key: str) -> Path:
+    """Where the work for `out` lies, whether it is there or not."""
+    return Path(os.path.abspath(out)).parent / f".jaxtune-{key}.work"
 
 
 def count_kept(work: Path) -> int:

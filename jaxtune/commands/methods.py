@@ -3,10 +3,11 @@
 import json
 
 from jaxtune.align.registry import METHODS as ALIGN_METHODS
+from jaxtune.merge.registry import METHODS as MERGE_METHODS
 from jaxtune.report.table import render_table
 from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
 
-KINDS = {"align": ALIGN_METHODS, "transport": TRANSPORT_METHODS}
+KINDS = {"align": ALIGN_METHODS, "transport": TRANSPORT_METHODS, "merge": MERGE_METHODS}
 
 
 def run(arguments) -> None:
@@ -24,7 +25,7 @@ def run(arguments) -> None:
             if row["options"]:
                 print(f"  {row['name']}: " + ", ".join(f"{name}={value}" for name, value in row["options"].items()))
         print()
-    print("Give options to align and transport as -o NAME=VALUE.")
+    print("Give options to align and transport as -o NAME=VALUE; those of merge stand under parameters of a recipe.")
 
 
 def _describe(method):

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 QUIET_SECONDS = 2.0
@@ -16,13 +17,15 @@ class Waiting:
     On a terminal one line is drawn over and removed at the end; in a log a line comes every half minute.
 
     Args:
-        words: What runs, for instance "jaxtune transport: aligning".
+        words: What runs, for instance "jaxtune transport: aligning"; a function where it changes.
         stream: Where to write; standard error unless told.
         quiet_seconds: How long to keep silent.
     """
 
-    def __init__(self, words: str, *, stream: TextIO | None = None, quiet_seconds: float = QUIET_SECONDS):
-        self._words, self._quiet = words, quiet_seconds
+    def __init__(
+        self, words: str | Callable[[], str], *, stream: TextIO | None = None, quiet_seconds: float = QUIET_SECONDS
+    ):
+        self._words, self._quiet = words if callable(words) else lambda: words, quiet_seconds
         self._stream = sys.stderr if stream is None else stream
         self._is_terminal = self._stream.isatty()
         self._done = threading.Event()
@@ -42,7 +45,7 @@ class Waiting:
             return
         length = 0
         while True:
-            text = f"{self._words} … {time.monotonic() - self._began:.0f} s"
+            text = f"{self._words()} … {time.monotonic() - self._began:.0f} s"
             if self._is_terminal:
                 self._write("\r" + text.ljust(length))
                 length = len(text)

@@ -71,9 +71,9 @@ def plan_merge(
     if memory_bytes is not None:
         fits = (memory_bytes - RUNTIME_BYTES - whole) // max(needs, 1)
         if fits < 1:
+            enough = f"{(RUNTIME_BYTES + whole + needs >> 20) + 1} MiB"
             raise ConfigError(
-                f"a memory of {memory_bytes >> 20} MiB is too little: tensor {where!r} alone takes "
-                f"{(RUNTIME_BYTES + whole + needs >> 20) + 1} MiB. Pass --memory {(RUNTIME_BYTES + whole + needs >> 20) + 1}MiB."
+                f"a memory of {memory_bytes >> 20} MiB is too little: tensor {where!r} takes {enough}. Allow as much."
             )
         num_workers = min(num_workers, int(fits))
     methods: dict[str, int] = {}

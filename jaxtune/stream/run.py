@@ -14,18 +14,18 @@ import numpy as np
 
 from jaxtune.checkpoint.rounding import round_to_stored
 from jaxtune.errors import NonFiniteError, TreeMismatchError
-from jaxtune.merge.post_steps import POST_STEPS
+from jaxtune.merge.options import check_options
+from jaxtune.merge.post_steps import POST_STEPS, Place
 from jaxtune.merge.registry import METHODS
 from jaxtune.merge.view import Combine
-from jaxtune.recipes.jobs import MergeJobs, Source, TensorJob
+from jaxtune.recipes.jobs import MergeJobs, TensorJob
 from jaxtune.stream.files import OutputFiles
-from jaxtune.stream.leaves import Leaf, SteppedLeaf, StoredLeaf, split
+from jaxtune.stream.inputs import Inputs
+from jaxtune.stream.leaves import Leaf, SteppedLeaf, split
 from jaxtune.stream.processes import ALONE, Processes
-from jaxtune.stream.tensors import TensorReader
 from jaxtune.stream.values import is_finite, narrow_into
 from jaxtune.stream.view import StreamView
 from jaxtune.stream.writer import Writer, check_finished, record_finished
-from jaxtune.tree import flatten
 
 BLOCK = 1 << 17  # elements that are merged in one go: a few arrays of them fit into a core's cache
 SPAN = 1 << 20  # elements of one task, and of one write
@@ -131,19 +131,6 @@ def group_jobs(jobs: Sequence[TensorJob]) -> Iterator[list[TensorJob]]:
             yield some
 
 
-def open_leaf(jobs: MergeJobs, job: TensorJob) -> StoredLeaf:
-    """Readers of what a job is made from."""
-    base = None if job.base is None else open_tensor(jobs, job, job.base)
-    models = [open_tensor(jobs, job, source) for source in job.sources]
-    return StoredLeaf(job.name, models, base, unit=METHODS[job.method].unit_of(job.options), seed=jobs.seed)
-
-
-def open_tensor(jobs: MergeJobs, job: TensorJob, source: Source) -> TensorReader:
-    """The reader of one of them."""
-    leaf = flatten(jobs.models[source.model].params)[source.name]
-    return TensorReader(source.name, leaf, job.shape, dtype=job.dtype, rows=source.rows, filler=source.filler)
-
-
 def merge_on_host(leaf: Leaf, combine: Combine, start: int, low: int, high: int, out: np.ndarray) -> bool:
     """A span in NumPy, block by block, so that what is between two operations stays in the cache."""
     for first, last in split(leaf, BLOCK, low, high):
@@ -157,7 +144,7 @@ class _Engine:
     """What turns jobs into tasks of a pool."""
 
     def __init__(self, jobs, writer, pool, merge_span, share, advance):
-        self._jobs, self._writer, self._pool = jobs, writer, pool
+        self._jobs, self._inputs, self._writer, self._pool = jobs, Inputs(jobs), writer, pool
         self._merge_span, self._share, self._advance = merge_span, share, advance
 
     def tasks(self, some: Sequence[TensorJob]) -> Iterable[Callable[[], None]]:
@@ -176,15 +163,17 @@ class _Engine:
 
     def _prepare(self, some):
         """(job, leaf, combine, place of its first element), the numbers known."""
-        leaves = [open_leaf(self._jobs, job) for job in some]
+        leaves = [self._inputs.open_leaf(job) for job in some]
         view = StreamView(leaves, self._pool.map)
         combine = METHODS[some[0].method].prepare(view, some[0].options)
         for job, leaf, start in zip(some, leaves, view.starts, strict=True):
             chosen = combine
             for name, options in job.post:
-                step, base = POST_STEPS[name], open_tensor(self._jobs, job, job.base)
+                step, base = POST_STEPS[name], self._inputs.open_tensor(job, job.base)
                 leaf = SteppedLeaf(leaf, chosen, base, unit=step.unit_of(options))
-                chosen = step.prepare(StreamView([leaf], self._pool.map), options)
+                place = {"place": Place(job.layer, job.num_layers or 0)} if "place" in step.options else {}
+                full = check_options(step, {**options, **place}, 1, has_base=True, name=name)
+                chosen = step.prepare(StreamView([leaf], self._pool.map), full)
             yield job, leaf, chosen, start
 
     def _merge(self, job, leaf, combine, start, low, high, left):
@@ -199,7 +188,7 @@ class _Engine:
     def _copies(self, job):
         """One source as it is, which all others must equal."""
         sources = (*(() if job.base is None else (job.base,)), *job.sources)
-        readers = [open_tensor(self._jobs, job, source).as_stored() for source in sources]
+        readers = [self._inputs.open_tensor(job, source).as_stored() for source in sources]
         size, dtype = math.prod(job.shape), self._writer.dtype_of(job.name)
 
         def copy(low, high):

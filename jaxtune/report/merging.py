@@ -1,0 +1,65 @@
+"""What a merge says of its work: report.json and the model card."""
+
+import dataclasses
+import platform
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import yaml
+
+from jaxtune.checkpoint import Checkpoint
+from jaxtune.recipes.jobs import MergeJobs
+from jaxtune.report.card import render_card
+from jaxtune.stream.checksums import crc32_of_file
+from jaxtune.stream.plan import MergePlan
+from jaxtune.stream.run import count_cores
+from jaxtune.version import __version__
+
+
+def describe_model(model: Checkpoint) -> dict[str, Any]:
+    """Path of a model, and the CRC-32 of each of its files of tensors, in hexadecimal."""
+    if model.read_from:
+        places = dict(model.read_from)
+    else:
+        root = model.path if model.path.is_dir() else model.path.parent
+        places = {file.name: root / file.name for file in model.layout.files}
+    with ThreadPoolExecutor(count_cores()) as pool:
+        files = {
+            name: f"{crc32_of_file(place, pool.map):08x}" for name, place in sorted(places.items()) if place.is_file()
+        }
+    return {"path": str(model.path), "format": model.format, "files": files}
+
+
+def describe_merge(
+    jobs: MergeJobs, plan: MergePlan, crc32: Mapping[str, int], inputs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """report.json of a merge, without its cost."""
+    return {
+        "command": "merge",
+        "recipe": jobs.recipe,
+        "inputs": list(inputs),
+        "output": {"files": {name: f"{crc:08x}" for name, crc in crc32.items()}},
+        "plan": dataclasses.asdict(plan),
+        "seeds": {"seed": jobs.seed},
+        "notes": list(jobs.notes),
+        "versions": versions(),
+    }
+
+
+def describe_card(name: str, jobs: MergeJobs, inputs: Sequence[Mapping[str, Any]]) -> str:
+    """README.md of a merge."""
+    text = yaml.safe_dump(jobs.recipe, sort_keys=False, allow_unicode=True)
+    return render_card(name, text, inputs, versions=versions(), notes=jobs.notes)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the bytes of a merge on the host."""
+    return {
+        "jaxtune": __version__,
+        "numpy": np.__version__,
+        "ml_dtypes": ml_dtypes.__version__,
+        "python": platform.python_version(),
+    }
