@@ -11,17 +11,28 @@ from jaxtune.types import Leaf
 BASE = -1  # the term that is the base
 
 
-def combine_linearly(coefficients: Sequence[Any], base: Any = 0.0) -> Combine:
-    """`base · θ_0 + Σ coefficients_k θ_k`.
+def combine_linearly(coefficients: Sequence[Any], base: Any = 0.0, total: Any = 1.0) -> Combine:
+    """`(base · θ_0 + Σ coefficients_k θ_k) / total`.
 
-    Terms whose coefficient is known to be zero are left out, and a single term of coefficient one is that model, bit
-    for bit, the sign of its zeros included.
+    Terms whose coefficient is known to be zero are left out, and a single term of the coefficient `total` is that
+    model, bit for bit, the sign of its zeros included. Where coefficients are options, terms are added in their order,
+    and those that have the same are added first and multiplied once: so the order of models is without meaning, and
+    the exact halves that a mean of few numbers often is are rounded as halves.
     """
-    terms = [(k, c) for k, c in enumerate((*coefficients, base)) if not is_known(c, 0.0)] or [(0, 0.0)]
-    places = tuple(k if k < len(coefficients) else BASE for k, _ in terms)
-    if len(terms) == 1 and is_known(terms[0][1], 1.0):
-        return take(places[0])
-    return Combine(sum_terms, (tuple(c for _, c in terms),), (("places", places),))
+    terms = [(c, k) for k, c in enumerate((*coefficients, base)) if not is_known(c, 0.0)] or [(0.0, 0)]
+    terms = [(c, k if k < len(coefficients) else BASE) for c, k in terms]
+    if len(terms) == 1 and _are_options([terms[0][0], total]) and terms[0][0] == total:
+        return take(terms[0][1])
+    if not _are_options([c for c, _ in terms]):
+        groups = [(c, (k,)) for c, k in terms]
+    else:
+        groups = [(c, tuple(k for one, k in terms if one == c)) for c in sorted({c for c, _ in terms})]
+    constants = {
+        "groups": tuple(places for _, places in groups),
+        "plain": tuple(is_known(c, 1.0) for c, _ in groups),
+        "divides": not is_known(total, 1.0),
+    }
+    return Combine(sum_groups, (tuple(c for c, _ in groups), total), tuple(constants.items()))
 
 
 def only_whole(coefficients: Sequence[Any]) -> int | None:
@@ -43,12 +54,32 @@ def is_known(number: Any, value: float) -> bool:
     return isinstance(number, (int, float, np.generic, np.ndarray)) and bool(number == value)
 
 
-def sum_terms(elements: Elements, coefficients: tuple, *, places: tuple[int, ...]) -> Leaf:
-    """`Σ coefficients_n · (model or base at places_n)`."""
-    merged = _take(elements, place=places[0]) * coefficients[0]
-    for place, factor in zip(places[1:], coefficients[1:], strict=True):
-        merged = merged + _take(elements, place=place) * factor
-    return merged
+def _are_options(numbers: Sequence[Any]) -> bool:
+    """Whether these are numbers that somebody wrote, and not what was found of a leaf or is traced."""
+    return all(type(number) in (int, float) for number in numbers)
+
+
+def sum_groups(elements: Elements, factors: tuple, total: Any, *, groups: tuple, plain: tuple, divides: bool) -> Leaf:
+    """`Σ factors_n · (sum of the models, or base, at groups_n) / total`; `plain` where a factor is one."""
+    merged, is_ours = None, False  # a model's own array is not written to
+    for places, factor, is_plain in zip(groups, factors, plain, strict=True):
+        part, is_fresh = _take(elements, place=places[0]), False
+        for place in places[1:]:
+            part, is_fresh = _add(part, _take(elements, place=place), in_place=is_fresh), True
+        if not is_plain:
+            part, is_fresh = part * factor, True
+        if merged is None:
+            merged, is_ours = part, is_fresh
+        else:
+            merged, is_ours = _add(merged, part, in_place=is_ours), True
+    return merged / total if divides else merged
+
+
+def _add(one, other, *, in_place):
+    if not in_place:
+        return one + other
+    one += other
+    return one
 
 
 def _take(elements, *, place):

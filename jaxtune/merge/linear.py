@@ -1,8 +1,10 @@
 """Weighted averages of models."""
 
+import math
+
 import numpy as np
 
-from jaxtune.merge.affine import is_known
+from jaxtune.merge.affine import combine_linearly
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
@@ -17,23 +19,13 @@ def merge_linear(view: View, *, weight: tuple[float, ...] = 1.0, normalize: bool
     Reference:
         Wortsman et al. 2022, arXiv:2203.05482 (uniform weights); Utans 1996.
     """
-    total = sum(weight) if normalize else 1.0
-    if is_known(total, 0.0):
-        return Combine(_divide_by_zero, (weight,))
-    return Combine(sum_weighted, (tuple(one / total for one in weight),))
-
-
-def sum_weighted(elements: Elements, weight: tuple) -> Leaf:
-    """`Σ w_i θ_i`."""
-    merged = elements.models[0] * weight[0]
-    for model, factor in zip(elements.models[1:], weight[1:], strict=True):
-        merged += model * factor
-    return merged
+    total = math.fsum(weight) if normalize else 1.0
+    return Combine(_divide_by_zero, (weight,)) if total == 0 else combine_linearly(weight, total=total)
 
 
 def _divide_by_zero(elements: Elements, weight: tuple) -> Leaf:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return sum_weighted(elements, weight) / elements.xp.zeros((), elements.dtype)
+        return sum(m * w for m, w in zip(elements.models, weight, strict=True)) / elements.xp.zeros((), elements.dtype)
 
 
 LINEAR = Method(

@@ -1,5 +1,6 @@
 """Sums of cut task vectors, weighted; and with signs elected first, so that only those that agree are summed."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,20 +22,32 @@ def add_cut(
     whole = only_whole(coefficients)
     if whole is not None and cuts[whole].rule == "all":
         return take(whole)
-    return Combine(_add_cut, (coefficients, tuple(c.numbers for c in cuts)), (("rules", tuple(c.rule for c in cuts)),))
+    constants = (("rules", tuple(cut.rule for cut in cuts)), ("order", _in_order(coefficients)))
+    return Combine(_add_cut, (coefficients, tuple(cut.numbers for cut in cuts)), constants)
 
 
 def sum_of_weights(weight: Sequence[Any]) -> Any:
     """`Σ w_k`, or 1 where that is zero and dividing by it would make no sense."""
-    total = sum(weight)
+    total = sum_exactly(weight)
     return 1.0 if isinstance(total, (int, float)) and abs(total) < ZERO_SUM else total
 
 
-def _add_cut(elements, coefficients, numbers, *, rules):
+def sum_exactly(weight: Sequence[Any]) -> Any:
+    """A sum that is the same in any order, unless JAX traces it."""
+    return math.fsum(weight) if all(isinstance(one, (int, float)) for one in weight) else sum(weight)
+
+
+def _in_order(keys):
+    """Models by their weight: sums in this order are the same however the models are listed."""
+    numbers = all(isinstance(key, (int, float)) for key in keys)
+    return tuple(sorted(range(len(keys)), key=keys.__getitem__) if numbers else range(len(keys)))
+
+
+def _add_cut(elements, coefficients, numbers, *, rules, order):
     merged = None
-    for model, (factor, rule, cut) in enumerate(zip(coefficients, rules, numbers, strict=True)):
-        if rule != "none":
-            part = sparse_delta(elements, model, rule, cut) * factor
+    for model in order:
+        if rules[model] != "none":
+            part = sparse_delta(elements, model, rules[model], numbers[model]) * coefficients[model]
             merged = part if merged is None else merged + part
     return elements.base if merged is None else elements.base + merged
 
@@ -67,9 +80,13 @@ def add_elected(
     whole = only_whole([scale if normalize is True and not is_known(w, 0.0) else w * scale for w in weight])
     if whole is not None and cuts[whole].rule == "all":
         return take(whole)
+    order = _in_order(weight)
+    cuts, weight, gains = ([items[model] for model in order] for items in (cuts, weight, gains))
+    if normalize is True and all(is_known(w, weight[0]) for w in weight) and not is_known(weight[0], 0.0):
+        weight = [math.copysign(1.0, weight[0])] * len(weight)  # they cancel
     factors = tuple(w * g for w, g in zip(weight, gains, strict=True)) if weigh_votes else tuple(gains)
     numbers = (factors, tuple(cut.numbers for cut in cuts))
-    ballot = {"rules": tuple(cut.rule for cut in cuts), "vote": vote}
+    ballot = {"rules": tuple(cut.rule for cut in cuts), "order": order, "vote": vote}
     at_zero = 0.0 if zero_vote == "none" else 1.0
     if zero_vote == "majority":
         at_zero = view.xp.where(view.reduce(_count_signs, *numbers, **ballot) > 0, 1.0, -1.0)
@@ -77,9 +94,9 @@ def add_elected(
     return Combine(_add_elected, (*numbers, tuple(weight), scale, at_zero), tuple(constants.items()))
 
 
-def _add_elected(elements, factors, numbers, weight, scale, at_zero, *, rules, vote, normalize, weigh_votes, plus):
+def _add_elected(elements, factors, numbers, weight, scale, at_zero, *, normalize, weigh_votes, plus, vote, **cut):
     xp = elements.xp
-    values = _values(elements, factors, numbers, rules)
+    values = _values(elements, factors, numbers, **cut)
     votes = _votes(xp, values, vote)
     sign = sign_of(votes >= 0, votes.dtype)
     if not plus:
@@ -98,9 +115,10 @@ def _add_elected(elements, factors, numbers, weight, scale, at_zero, *, rules, v
     return elements.base + merged * sign * scale
 
 
-def _values(elements: Elements, factors, numbers, rules) -> list[Leaf]:
-    cut = enumerate(zip(factors, rules, numbers, strict=True))
-    return [sparse_delta(elements, model, rule, number) * factor for model, (factor, rule, number) in cut]
+def _values(elements: Elements, factors, numbers, *, rules, order) -> list[Leaf]:
+    """Cut task vectors, rescaled and, where votes are, weighted."""
+    cuts = zip(order, factors, rules, numbers, strict=True)
+    return [sparse_delta(elements, model, rule, number) * factor for model, factor, rule, number in cuts]
 
 
 def _votes(xp, values, vote):
@@ -111,6 +129,6 @@ def _votes(xp, values, vote):
     return votes
 
 
-def _count_signs(elements, factors, numbers, *, rules, vote):
-    votes = _votes(elements.xp, _values(elements, factors, numbers, rules), vote)
+def _count_signs(elements, factors, numbers, *, rules, order, vote):
+    votes = _votes(elements.xp, _values(elements, factors, numbers, rules=rules, order=order), vote)
     return sum_wide(elements, elements.xp.sign(votes))

@@ -1,10 +1,9 @@
 """Sums of task vectors, as they are: addition, negation and analogies."""
 
-from jaxtune.merge.affine import only_whole, take
+from jaxtune.merge.affine import combine_linearly
 from jaxtune.merge.method import Method
-from jaxtune.merge.sparse_sum import sum_of_weights
-from jaxtune.merge.view import Combine, Elements, View
-from jaxtune.types import Leaf
+from jaxtune.merge.sparse_sum import sum_exactly, sum_of_weights
+from jaxtune.merge.view import Combine, View
 
 
 def merge_task_arithmetic(
@@ -25,17 +24,9 @@ def merge_task_arithmetic(
         Ilharco et al. 2023, arXiv:2212.04089.
     """
     total = sum_of_weights(weight) if normalize else 1.0
-    shares = tuple(lambda_ * one / total for one in weight)
-    whole = only_whole(shares)
-    return take(whole) if whole is not None else Combine(add_task_vectors, (shares, 1.0 - sum(shares)))
-
-
-def add_task_vectors(elements: Elements, weight: tuple, rest: float) -> Leaf:
-    """`θ_0 + Σ w_i τ_i`, as `(1 - Σ w_i) θ_0 + Σ w_i θ_i`: no difference is made, so weights of 1 and 0 are exact."""
-    merged = elements.base * rest
-    for model, factor in zip(elements.models, weight, strict=True):
-        merged += model * factor
-    return merged
+    shares = [lambda_ * one for one in weight]
+    # As (1 - Σ w_i) θ_0 + Σ w_i θ_i: no difference is made, so weights of 1 and 0 are exact.
+    return combine_linearly(shares, total - sum_exactly(shares), total)
 
 
 TASK_ARITHMETIC = Method(

@@ -27,7 +27,7 @@ def merge_trajectory(view: View, *, last: int | None = None) -> Combine:
         Izmailov et al. 2018, arXiv:1803.05407 (SWA: all); Kaddour 2022, arXiv:2209.14981 (LAWA: the last).
     """
     count = min(view.num_models if last is None else last, view.num_models)
-    return combine_linearly([0.0] * (view.num_models - count) + [1.0 / count] * count)
+    return combine_linearly([0.0] * (view.num_models - count) + [1.0] * count, total=float(count))
 
 
 def _check_decay(options: Mapping[str, Any]) -> None:
