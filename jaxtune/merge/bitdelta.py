@@ -12,7 +12,7 @@ def merge_bitdelta(view: View, *, weight: tuple[float, ...] = 1.0) -> Combine:
     `α_t` is the scale at which the signs come closest to the task vector.
 
     Reference:
-        Liu et al. 2024, arXiv:2402.10193, equations 1 and 2, without the distillation that tunes the scales after.
+        Liu et al. 2024, arXiv:2402.10193, without the distillation that tunes the scales after.
         Differs: entries that did not move stay; the release, which has one bit, moves them up.
     """
     if len(view.shape) < 2:

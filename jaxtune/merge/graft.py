@@ -20,7 +20,7 @@ def merge_graft(
         scope: Whether the largest are those of the whole "model" or of each "leaf".
 
     Reference:
-        Panigrahi et al. 2023, arXiv:2302.06600, section 3: the mask that their optimisation of the graft starts from,
+        Panigrahi et al. 2023, arXiv:2302.06600: the mask that their optimisation of the graft starts from,
         and all that the released script uses. Differs: exactly `⌊share n⌋` entries, of equal ones the first; the
         release keeps those strictly above the last, one fewer.
     """

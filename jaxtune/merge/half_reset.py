@@ -43,7 +43,7 @@ def merge_half_reset(view: View, *, level: str = "category", weight: tuple[float
         weight: Of each task vector.
 
     Reference:
-        Hui et al. 2024, arXiv:2404.18466, sections 3.1 and 3.4: half fine-tuning, applied after the fact. Differs:
+        Hui et al. 2024, arXiv:2404.18466: half fine-tuning, applied after the fact. Differs:
         members of a category are known by name, so that a category that lacks some keeps half of them on average.
     """
     factors = tuple(

@@ -9,7 +9,7 @@ def merge_magmax(view: View, *, lambda_: float = 1.0) -> Combine:
     """`θ_0 + λ τ`, each entry of τ that of the task vector where it is largest in magnitude; of equals the later one's.
 
     Reference:
-        Marczak et al. 2024, arXiv:2407.06322, equation 2; who wins among equals as in FusionBench.
+        Marczak et al. 2024, arXiv:2407.06322; who wins among equals as in FusionBench.
     """
     return Combine(_add_largest, (lambda_,))
 

@@ -11,7 +11,7 @@ def merge_metagpt(view: View, *, scope: str = "model", lambda_: float = 1.0) -> 
     """`θ_0 + λ Σ λ_t τ_t` with `λ_t = ‖τ_t‖² / Σ_k ‖τ_k‖²`, lengths of the whole "model" or of each "leaf".
 
     Reference:
-        Zhou et al. 2024, arXiv:2406.11385, equation 14: the closed form for task vectors that are orthogonal.
+        Zhou et al. 2024, arXiv:2406.11385: the closed form for task vectors that are orthogonal.
     """
     squares = view.reduce(_squares)
     total = squares.sum()

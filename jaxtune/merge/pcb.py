@@ -26,7 +26,7 @@ def merge_pcb(
         scope: Whether quantiles and ends are those of the whole "model", as there, or of each "leaf".
 
     Reference:
-        Du et al. 2024, arXiv:2410.02396, equations 2 to 6. Differs: where fewer than `ratio` of the scores are
+        Du et al. 2024, arXiv:2410.02396. Differs: where fewer than `ratio` of the scores are
         positive, the quantile is taken as 0 (no negative score enters), and so is a quantile below the first entry (the
         release has the least value there, and divides 0 by 0 where all magnitudes are equal).
     """

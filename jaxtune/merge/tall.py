@@ -15,7 +15,7 @@ def merge_consensus(
     this is task arithmetic; with 1 only what no task uses is dropped.
 
     Reference:
-        Wang et al. 2024, arXiv:2405.07813, equations 2 and 4. Their thresholds are searched per task in 0.2 to 0.6.
+        Wang et al. 2024, arXiv:2405.07813. Their thresholds are searched per task in 0.2 to 0.6.
     """
     return Combine(_add_consensus, (tuple(threshold), min_tasks, lambda_))
 
@@ -24,7 +24,7 @@ def merge_tall(view: View, *, task: int, threshold: tuple[float, ...] = 0.4, lam
     """One task's model again, from the sum of all: `θ_0 + λ m_t ⊙ Σ τ`, with the mask of `task`.
 
     Reference:
-        Wang et al. 2024, arXiv:2405.07813, equation 2, λ = 1.
+        Wang et al. 2024, arXiv:2405.07813, λ = 1.
     """
     return Combine(_reconstruct, (tuple(threshold), lambda_), (("task", task),))
 
