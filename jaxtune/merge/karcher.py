@@ -1,6 +1,10 @@
 """The Karcher mean: the point of a sphere whose squared distances to all models sum to the least."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from jaxtune.merge.affine import combine_linearly, take
 from jaxtune.merge.method import Method
@@ -46,8 +50,9 @@ def find_karcher_mean(xp: Any, products: Leaf, max_iter: int, tol: float) -> Lea
     size = length_of(share)
     first = (xp.arange(len(lengths)) == xp.argmax(is_long)).astype(lengths.dtype)
     mean = xp.where(size < tol, first, divide(share, size))
-    is_done = xp.asarray(False)
-    for _ in range(max_iter):
+
+    def step(_, state):
+        mean, is_done = state
         cosines = xp.clip(units @ mean, -1.0, 1.0)
         angles = xp.arccos(cosines)
         is_pulling = (angles >= tol) & (xp.pi - angles >= tol) & is_long
@@ -58,8 +63,19 @@ def find_karcher_mean(xp: Any, products: Leaf, max_iter: int, tol: float) -> Lea
         moved = xp.cos(size) * mean + xp.sin(size) * divide(tangent, size)
         length = length_of(moved)
         moved = xp.where(length > tol, divide(moved, length), moved)
-        mean = xp.where(is_done, mean, moved)
+        return xp.where(is_done, mean, moved), is_done
+
+    mean, _ = repeat(xp, max_iter, step, (mean, xp.asarray(False)))
     return xp.where(is_long, lengths.mean() * inverse * mean, 0.0)
+
+
+def repeat(xp: Any, times: int, step: Callable[[Any, Any], Any], state: Any) -> Any:
+    """`step(n, state)` so many times; a loop that is compiled once where JAX computes."""
+    if xp is np:
+        return functools.reduce(lambda state, n: step(n, state), range(times), state)
+    import jax
+
+    return jax.lax.fori_loop(0, times, step, state)
 
 
 KARCHER = Method(
