@@ -163,7 +163,7 @@ def prepare_process() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems have no such call, and need none
         libc = ctypes.CDLL(None)
         libc.mallopt(M_ARENA_MAX, 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 16 * 2**20)  # at 4 MiB the time goes up by a tenth, for 30 MiB
+        libc.mallopt(M_MMAP_THRESHOLD, 8 * 2**20)  # a leaf of a ViT-B; at 4 MiB the time goes up by a tenth
 
 
 def _seed(text):

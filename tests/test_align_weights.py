@@ -6,9 +6,11 @@ import pytest
 from toys import add_noise, residual_mlp, share_recovered, toy_transformer
 
 from jaxtune import symmetry, tree
+from jaxtune.align import products, weights
 from jaxtune.align.assignment import solve_assignments
 from jaxtune.align.circuits import circuit_scores
 from jaxtune.align.heads import exact_scores, head_spectra, inside_scores, spectral_scores
+from jaxtune.align.problem import make_problem
 from jaxtune.align.products import leaf_product, unit_scores
 from jaxtune.align.weights import HEAD_COSTS, match_weights
 from jaxtune.errors import NonFiniteError, TreeMismatchError, UnknownNameError
@@ -152,6 +154,55 @@ def test_unit_scores_equal_a_loop_over_moved_leaves():
         whole = symmetry.apply(spec, element, source)
         product = leaf_product(spec, element, path, ours[path], theirs[path])
         assert product[0] == pytest.approx(np.vdot(ours[path], tree.flatten(whole)[path]), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("stack_bytes", [1 << 25, 5000, 1], ids=["one stack", "several", "none"])
+def test_summed_scores_equal_the_sum_of_scores(monkeypatch, stack_bytes):
+    spec, source = toy_transformer(0, depth=1)
+    _, target = toy_transformer(1, depth=1)
+    element = symmetry.random(jax.random.key(2), spec)
+    ours, theirs = tree.flatten(target), tree.flatten(source)
+    monkeypatch.setattr(products, "STACK_BYTES", stack_bytes)
+    for name, group in spec.groups.items():
+        if group.parent is None and not spec.children_of(name):
+            leaves = [(1 + n, p, a, ours[p], theirs[p]) for n, (p, a) in enumerate(spec.leaves_of(name))]
+            parts = [weight * np.asarray(unit_scores(spec, element, *leaf)) for weight, *leaf in leaves]
+            np.testing.assert_allclose(
+                products.sum_unit_scores(spec, element, leaves), sum(parts), rtol=1e-4, atol=1e-3, err_msg=name
+            )
+    assert products.sum_unit_scores(spec, element, []) is None
+
+
+@pytest.mark.parametrize("is_wide", [False, True], ids=["float32", "float64"])
+def test_blocks_side_by_side_are_solved_as_one_by_one(monkeypatch, is_wide):
+    """To the last bit, and under what the caller has set for his own thread."""
+    spec, target = toy_transformer(1)
+    _, source = toy_transformer(2)
+    spec = canonical.canonical_spec(spec)
+    with jax.enable_x64(is_wide):
+        pair = [
+            canonical.fold(spec, params, dtype=np.float64 if is_wide else np.float32) for params in (target, source)
+        ]
+        several = match_weights(KEY, spec, *pair, num_restarts=2)
+        monkeypatch.setattr(weights, "MAX_UNITS_SIDE_BY_SIDE", 0)
+        single = match_weights(KEY, spec, *pair, num_restarts=2)
+    assert several.history == single.history
+    assert several.objectives == single.objectives
+    jax.tree.map(np.testing.assert_array_equal, several.element, single.element)
+
+
+def test_blocks_taken_together_share_no_leaf():
+    for spec, source in (toy_transformer(0), residual_mlp(0, 30)):
+        leaves = tree.flatten(source)
+        problem = make_problem(spec, leaves, leaves, head_cost="exact", weighting="plain")
+        search = weights.Search(problem)
+        names, most = list(problem.blocks), 0
+        while names:
+            taken = search._take(names)
+            paths = [path for name in taken for path in problem.blocks[name]]
+            assert len(paths) == len(set(paths))
+            most = max(most, len(taken))
+        assert most > 1
 
 
 def test_spectra_equal_an_svd_and_are_blind_to_every_basis():

@@ -58,7 +58,8 @@ class Sides:
 
     Attributes:
         grams: Gram matrices of the two sides, `X^T X` and `Y^T Y`, the sides being (query, key) or (value, output).
-        forward, backward: The balancing map of each head and its inverse, see `balance`.
+        forward: The balancing map of each head, see `balance`. Its inverse is made when asked for: one more matrix a
+            head, kept for the whole search, is more than the time is worth.
 
     Shapes:
         every matrix: float64[heads, n, n].
@@ -66,17 +67,21 @@ class Sides:
 
     grams: tuple[np.ndarray, np.ndarray]
     forward: np.ndarray
-    backward: np.ndarray
+
+    @property
+    def backward(self) -> np.ndarray:
+        """The inverse of `forward`."""
+        return np.linalg.inv(self.forward)
 
     def reorder(self, order: np.ndarray) -> "Sides":
         """The same with the heads in another order."""
         rows, columns = (gram[order] for gram in self.grams)
-        return Sides((rows, columns), self.forward[order], self.backward[order])
+        return Sides((rows, columns), self.forward[order])
 
 
 def make_sides(rows: np.ndarray, columns: np.ndarray) -> Sides:
     """Balances the two sides of every head."""
-    return Sides((rows, columns), *balance(rows, columns))
+    return Sides((rows, columns), balance(rows, columns)[0])
 
 
 def solve_inside(
@@ -102,15 +107,21 @@ def solve_inside(
     """
     x, y = (np.asarray(matrix, np.float64) for matrix in cross)
     # In balanced coordinates: X_A S_A against X_B S_B, Y_A S_A^-T against Y_B S_B^-T.
-    turned = _t(source.forward) @ x @ target.forward + source.backward @ y @ _t(target.backward)
-    candidates = [
-        np.asarray(current, np.float64),
-        polar_factor(x + y),
-        source.forward @ polar_factor(turned) @ target.backward,
-    ]
-    scores = np.stack([inside_objective(g, cross, source.grams) for g in candidates])
+    source_back, target_back = source.backward, target.backward
+    turned = _t(source.forward) @ x @ target.forward + source_back @ y @ _t(target_back)
+    rotation, balanced = polar_factor(x + y), polar_factor(turned)
+    current = np.asarray(current, np.float64)
+    candidates = [current, rotation, source.forward @ balanced @ target_back]
+    inverses = [np.linalg.inv(current), _t(rotation), target.forward @ _t(balanced) @ source_back]
+    scores = np.stack(
+        [_objective(g, inverse, cross, source.grams) for g, inverse in zip(candidates, inverses, strict=True)]
+    )
     usable = np.isfinite(scores)
-    usable[2] &= np.linalg.cond(candidates[2]) < MAX_CONDITION  # the current map has passed, and a rotation always does
+    # The current map has passed, and a rotation always does. The norms bound the condition, which takes an SVD.
+    with np.errstate(over="ignore", invalid="ignore"):  # directions without use may have run to either end
+        bound = np.linalg.norm(candidates[2], axis=(1, 2)) * np.linalg.norm(inverses[2], axis=(1, 2))
+    doubtful = ~(bound < MAX_CONDITION)
+    usable[2, doubtful] &= np.linalg.cond(candidates[2][doubtful]) < MAX_CONDITION
     scores = np.where(usable, scores, -np.inf)
     best = np.argmax(scores, axis=0)
     heads = np.arange(len(best))
@@ -124,7 +135,10 @@ def inside_objective(
 
     Minus half the squared distance to the target, up to the target's own square.
     """
-    inverse = np.linalg.inv(maps)
+    return _objective(maps, np.linalg.inv(maps), cross, source)
+
+
+def _objective(maps, inverse, cross, source):
     x, y = cross
     products = np.sum(x * maps, axis=(1, 2)) + np.sum(y * _t(inverse), axis=(1, 2))
     squares = np.sum(maps * (source[0] @ maps), axis=(1, 2)) + np.sum(inverse * (inverse @ source[1]), axis=(1, 2))

@@ -19,7 +19,7 @@ from jaxtune.align.grouped import solve_grouped_heads
 from jaxtune.align.heads import exact_scores, head_leaves, inside_scores
 from jaxtune.align.lengths import unit_squares
 from jaxtune.align.problem import Problem, Weights
-from jaxtune.align.products import add_unit_scores, unit_scores
+from jaxtune.align.products import sum_unit_scores, unit_scores
 from jaxtune.errors import SpecError
 from jaxtune.symmetry import element as elements
 
@@ -137,16 +137,18 @@ def _solve_ordered_heads(problem, name, element, weights, *, is_start):
 def _unit_sum(problem, name, element, weights):
     """Weighted scores of a group's units over all of its leaves: float64[n, n]; above 1024 float32, to be read only."""
     spec, size = problem.spec, problem.spec.groups[name].size
-    is_large = size > 1024
-    scores = None if is_large else np.zeros((size, size))
-    for path, axis in spec.leaves_of(name):
-        if path in weights and is_large:
-            pair = problem.target[path], problem.source[path]
-            scores = add_unit_scores(scores, weights[path], spec, element, path, axis, *pair)
-        elif path in weights:
-            product = unit_scores(spec, element, path, axis, problem.target[path], problem.source[path])
-            scores += weights[path] * np.asarray(product)
-    return np.zeros((size, size), np.float32) if scores is None else np.asarray(scores)
+    leaves = (
+        (weights[path], path, axis, problem.target[path], problem.source[path])
+        for path, axis in spec.leaves_of(name)
+        if path in weights
+    )
+    if size > 1024:
+        scores = sum_unit_scores(spec, element, leaves)
+        return np.zeros((size, size), np.float32) if scores is None else np.asarray(scores)
+    scores = np.zeros((size, size))
+    for weight, path, axis, target, source in leaves:
+        scores += weight * np.asarray(unit_scores(spec, element, path, axis, target, source))
+    return scores
 
 
 def _without_units(spec, head, weights):

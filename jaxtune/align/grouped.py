@@ -43,7 +43,9 @@ def solve_grouped_heads(
     standing = {child: element[child] for child in visit.children}
     still = elements.identity(problem.spec)
     order, queries = visit.propose()
-    moves = [visit.improve(order, queries, {child: still[child] for child in visit.children})]
+    # Where nobody changes places the maps that stand are one candidate more, and identities win over no closed form.
+    is_new = is_start or visit.query is not None or not np.array_equal(order, element[name])
+    moves = [visit.improve(order, queries, {child: still[child] for child in visit.children})] if is_new else []
     if not is_start:
         moves.append(visit.improve(element[name], visit.queries_of(element), standing))
     score, values = max(moves, key=lambda move: move[0])

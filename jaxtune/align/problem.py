@@ -88,7 +88,8 @@ class Problem:
     def balanced_scales(self) -> list[dict[str, np.ndarray]]:
         """Scales after which each unit of the target and of the source is as long on both sides; taken once."""
         if not self._scales:
-            self._scales.extend(balance_units(self.spec, tree, self.weights) for tree in (self.target, self.source))
+            # Set as a whole: two blocks may ask at once.
+            self._scales[:] = [balance_units(self.spec, tree, self.weights) for tree in (self.target, self.source)]
         return self._scales
 
     def sides(self, head: str, child: str, weights: Weights) -> tuple[Any, Any]:

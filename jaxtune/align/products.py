@@ -7,6 +7,8 @@ transformer share a handful of compiled programs.
 """
 
 import functools
+import threading
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,10 @@ from jaxtune.types import Leaf
 
 # Of a leaf in float32 that is handed over at once, where it can be cut.
 PART_BYTES = 1 << 26
+# Of all leaves in float32 that are laid side by side.
+STACK_BYTES = 1 << 25
+# A product of stacks keeps all cores busy by itself: of two side by side, one waits, and has not used memory yet.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def unit_scores(spec: Spec, element: Element, path: str, axis: int, target: Leaf, source: Leaf) -> jax.Array:
@@ -60,6 +66,48 @@ def add_unit_scores(
         if not whole:
             scores.block_until_ready()  # before the next part is handed over
     return scores
+
+
+def sum_unit_scores(
+    spec: Spec, element: Element, leaves: Iterable[tuple[float, str, int, Leaf, Leaf]]
+) -> jax.Array | None:
+    """`sum of weight * unit_scores(...)`, made so that few matrices of scores are in memory at a time.
+
+    Small leaves are laid side by side, so that one product does for all of them; large ones go by themselves.
+
+    Args:
+        leaves: Weight, path, unit axis, target and source of each, read as they are needed.
+
+    Shapes:
+        returns: float32[n, n]; None without leaves.
+    """
+    scores, small, num_bytes = None, [], 0
+    for weight, path, axis, target, source in leaves:
+        if 4 * target.size > STACK_BYTES:
+            scores = add_unit_scores(scores, weight, spec, element, path, axis, target, source)
+            continue
+        if num_bytes + 4 * target.size > STACK_BYTES:
+            scores, small, num_bytes = _add_stack(scores, spec, element, small), [], 0
+        small.append((weight, path, axis, target, source))
+        num_bytes += 4 * target.size
+    return _add_stack(scores, spec, element, small) if small else scores
+
+
+def _add_stack(scores, spec, element, leaves):
+    is_wide = any(np.float64 in (target.dtype, source.dtype) for *_, target, source in leaves)
+    _, _, axis, target, _ = leaves[0]
+    size, start = target.shape[axis], 0
+    shape = size, sum(leaf[3].size for leaf in leaves) // size
+    with _ONE_AT_A_TIME:
+        rows, columns = (jnp.zeros(shape, np.float64 if is_wide else np.float32) for _ in range(2))
+        for weight, path, axis, target, source in leaves:
+            layout, values = _layout_of(spec, element, path, skip=(axis,))
+            still = (None,) * len(layout)
+            rows = _put_units(rows, target, (), np.float32(weight), start, layout=still, axis=axis)
+            columns = _put_units(columns, source, values, np.float32(1), start, layout=layout, axis=axis)
+            jax.block_until_ready((rows, columns))  # before the next leaf is handed over
+            start += target.size // size
+        return _add_product(scores, rows, columns).block_until_ready()
 
 
 def slot_scores(
@@ -267,6 +315,19 @@ def _unit_scores(target, source, values, *, layout: Layout, axis: int):
 @functools.partial(jax.jit, static_argnames=("layout", "axis"), donate_argnames="scores")
 def _add_unit_scores(scores, weight, target, source, values, *, layout: Layout, axis: int):
     product = weight * _unit_scores(target, source, values, layout=layout, axis=axis).astype(jnp.float32)
+    return product if scores is None else scores + product
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "axis"), donate_argnames="stack")
+def _put_units(stack, leaf, values, factor, start, *, layout: Layout, axis: int):
+    """Writes the units of a moved leaf, times a factor, into the columns of `stack` from `start` on."""
+    units = _units_first(_move(leaf.astype(stack.dtype), values, layout), axis)
+    return jax.lax.dynamic_update_slice_in_dim(stack, factor.astype(stack.dtype) * units, start, axis=1)
+
+
+@functools.partial(jax.jit, donate_argnames="scores")
+def _add_product(scores, rows, columns):
+    product = _einsum(rows, columns, "ix,jx->ij").astype(jnp.float32)
     return product if scores is None else scores + product
 
 

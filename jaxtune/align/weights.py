@@ -4,7 +4,9 @@ One objective, `sum over leaves <target, g(source)>` (see `align.blocks` for map
 one loop over blocks of groups: each is solved with the others held still, so the objective never falls.
 """
 
+import contextvars
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,10 @@ WEIGHTINGS = ("plain", "unit", "agreement")
 MAX_REWEIGHTINGS = 5
 # A gain below this share of the largest possible objective is float32 rounding.
 ROUNDING = 1e-7
+# Blocks solved side by side. More would hold more scores in memory, and products keep all cores busy anyway.
+NUM_LANES = 2
+# Scores of larger groups are too much memory to hold twice.
+MAX_UNITS_SIDE_BY_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,9 @@ class Search:
             name: {other for path in paths if path in problem.weights for other in problem.owners[path]} - {name}
             for name, paths in problem.blocks.items()
         }
+        self.seen = {
+            name: {other for path in paths for other in problem.owners[path]} for name, paths in problem.blocks.items()
+        }
 
     def run(self, start: str, order_key, *, max_sweeps: int, tolerance: float, element=None) -> MatchResult:
         """One search; from `element` where one is given, else from `start`."""
@@ -203,16 +212,15 @@ class Search:
                 draw = jax.random.permutation(named_key(order_key, "sweep", num_sweeps), len(names))
                 names = [names[n] for n in np.asarray(draw)]
             before = objective
-            for name in names:
-                if name not in stale:
-                    continue
-                stale.discard(name)
-                gain, values = solve_block(problem, name, element, problem.weights)
-                if gain > floor:
-                    element.update(values)
-                    objective += gain
-                    history.append(objective)
-                    stale |= self.neighbours[name]
+            while names:
+                several = [name for name in self._take(names) if name in stale]
+                stale.difference_update(several)
+                for name, (gain, values) in zip(several, self._solve(several, element), strict=True):
+                    if gain > floor:
+                        element.update(values)
+                        objective += gain
+                        history.append(objective)
+                        stale |= self.neighbours[name]
             num_sweeps += 1
             is_converged = not stale or objective - before <= tolerance * abs(objective)
         return MatchResult(
@@ -225,6 +233,40 @@ class Search:
             start=start,
             objectives=(),
         )
+
+    def _take(self, names):
+        """The next block, and those after it as long as none sees what another does; they leave the list."""
+        taken, seen = [], set()
+        while names and names[0] not in seen:
+            taken.append(names.pop(0))
+            seen |= self.seen[taken[-1]]
+        return taken
+
+    def _solve(self, names, element, *, is_start=False):
+        """The best moves of blocks that do not see each other, side by side: [(gain, values)] in their order.
+
+        A product keeps all cores busy, an assignment or a factorisation one; the latter then run beside the former.
+        """
+        problem = self.problem
+
+        def solve(name):
+            return solve_block(problem, name, element, problem.weights, is_start=is_start)
+
+        largest = max((problem.spec.groups[part].size for name in names for part in self._parts_of(name)), default=0)
+        if len(names) < 2 or largest > MAX_UNITS_SIDE_BY_SIDE:
+            return [solve(name) for name in names]
+        # What a caller has set for his own thread holds in ours too.
+        wide, device = jax.config.jax_enable_x64, jax.config.jax_default_device
+
+        def solve_likewise(name, context):
+            with jax.enable_x64(wide), jax.default_device(device):
+                return context.run(solve, name)
+
+        with ThreadPoolExecutor(NUM_LANES) as pool:
+            return list(pool.map(solve_likewise, names, [contextvars.copy_context() for _ in names]))
+
+    def _parts_of(self, name):
+        return [name, *self.problem.spec.children_of(name)]
 
     def _start_from_anchors(self, element):
         """Solves every block once, best known first, on leaves whose other axes are known.
@@ -243,13 +285,24 @@ class Search:
                 for name in waiting
             }
 
-            def share(name, usable=usable):
-                total = sum(problem.mass[path] for path in problem.blocks[name] if path in problem.weights)
+            # None of those that can use all of their leaves sees another: the owners of a leaf that two share are not
+            # known to either.
+            matched = {name: [path for path in problem.blocks[name] if path in problem.weights] for name in waiting}
+            whole = [name for name in waiting if usable[name] and len(usable[name]) == len(matched[name])]
+            if whole:
+                for _, values in self._solve(whole, element, is_start=True):
+                    element.update(values)
+                known.update(whole)
+                waiting = [name for name in waiting if name not in known]
+                continue
+
+            def share(name, usable=usable, matched=matched):
+                total = sum(problem.mass[path] for path in matched[name])
                 part = sum(problem.mass[path] for path in usable[name]) / total if total else 0.0
                 return (0.0 if self._lacks_a_side(name, usable[name]) else part), part
 
             name = max(waiting, key=share)  # the first of equals: declaration order
-            if any(path in problem.weights and path not in usable[name] for path in problem.blocks[name]):
+            if len(usable[name]) < len(matched[name]):
                 stale.add(name)
             if usable[name]:
                 weights = {path: problem.weights[path] for path in usable[name]}
