@@ -8,7 +8,7 @@ says, or where nothing says better. One list makes one module, "default", as in 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtune.models.keys import KeyTable
 
@@ -44,8 +44,7 @@ class Stack:
     field: str | None
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where one tensor belongs.
 
     Attributes:

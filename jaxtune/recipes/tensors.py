@@ -1,7 +1,8 @@
 """One job a tensor of the output: which tensors go into it, at which depth, in which dtypes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -20,10 +21,10 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
+_WHOLE = frozenset("iub")  # kinds of dtypes that are copied
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """One tensor of the output before its job is made.
 
     Attributes:
@@ -193,14 +194,14 @@ def make_job(
         sources = vocabulary.find_sources(indices, wanted.names)
         shapes = [(vocabulary.num_rows, *info.shape[1:]) for info in infos]
     else:
-        sources = [Source(index, name) for index, name in zip(indices, wanted.names, strict=True)]
-        shapes = [tuple(info.shape) for info in infos]
+        sources = list(map(Source, indices, wanted.names))
+        shapes = [info.shape for info in infos]
     if any(one != shape for one in shapes):
         found = ", ".join(f"{models[i].label} {list(one.shape)}" for i, one in zip(indices, infos, strict=True))
         problems.append(f"{wanted.name}: {found}")
         return None
     dtypes = [info.dtype for info in infos]
-    if any(dtype.kind in "iub" for dtype in dtypes):
+    if not _WHOLE.isdisjoint([dtype.kind for dtype in dtypes]):
         if len(set(dtypes)) > 1:
             found = ", ".join(f"{models[i].label} {dtype}" for i, dtype in zip(indices, dtypes, strict=True))
             problems.append(f"{wanted.name}: {found}; integers are copied, so that all must have the same")
