@@ -167,13 +167,11 @@ def test_the_peak_stays_below_what_the_plan_says(tmp_path):
         )
         jt.save(tmp_path / name, params, config=registry.config_to_dict(config))
     stored = {name: load(tmp_path / name, lazy=True) for name in ("old", "tuned", "new")}
-    needed, how = transport_plan._count_leaf_by_leaf(
-        flatten(stored["new"].params).values(), "full", registry.symmetry_of(config)
-    )
+    leaves, spec = flatten(stored["new"].params).values(), registry.symmetry_of(config)
+    needed, how = transport_plan.count_leaf_by_leaf(leaves, "full", spec)
     assert how.startswith("leaf by leaf: 8 of 64.0 MiB")
-    words = [
-        f"--{role}={tmp_path / name}" for role, name in zip(("source", "finetuned", "target"), stored, strict=True)
-    ]
+    roles = zip(("source", "finetuned", "target"), stored, strict=True)
+    words = [f"--{role}={tmp_path / name}" for role, name in roles]
     command = [sys.executable, "-c", PROGRAM, "transport", *words, f"--out={tmp_path / 'out'}", "--method=full"]
     subprocess.run(command, check=True, capture_output=True)
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -28,7 +28,7 @@ def describe_plan(models, method, config) -> str:
     names, target = models["target"].config, models["target"]
     leaves = flatten(target.params).values()
     if any(map(is_lazy, leaves)):
-        needed, how = _count_leaf_by_leaf(leaves, method, registry.symmetry_of(config))
+        needed, how = count_leaf_by_leaf(leaves, method, registry.symmetry_of(config))
         peak = RUNTIME_BYTES + needed
     else:
         working = 4 * count_parameters(target.params)
@@ -44,8 +44,8 @@ def describe_plan(models, method, config) -> str:
     return render_table({"what": "plan", "value": ""}, rows) + "\nThe three fit together. Nothing was written."
 
 
-def _count_leaf_by_leaf(leaves, method, spec) -> tuple[int, str]:
-    """(bytes beyond the runtime's, of what) where leaves are read one at a time."""
+def count_leaf_by_leaf(leaves, method, spec) -> tuple[int, str]:
+    """(bytes, of what in words) that a method holds beside the runtime where leaves are read one at a time."""
     largest = 4 * max(leaf.size for leaf in leaves)
     group = max(group.size for group in spec.groups.values())
     is_folded = method in ("full", "auto") and spec.form is not None

@@ -86,11 +86,12 @@ class Folding:
 
     def kind_of(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
         """(shape, dtype) of a folded leaf, without making it."""
-        stored = self._own.leaves[self._form.tie.table if self._is_readout(path) else path]
-        shape = (*stored.shape, *stored.shape) if path in self._places.entries else tuple(stored.shape)
-        return (shape[::-1] if self._is_readout(path) else shape), np.dtype(
-            self._dtype if is_float(stored) else stored.dtype
-        )
+        is_readout = self._is_readout(path)
+        stored = self._own.leaves[self._form.tie.table if is_readout else path]
+        shape = tuple(stored.shape[::-1] if is_readout else stored.shape)
+        if path in self._places.entries:
+            shape *= 2
+        return shape, np.dtype(self._dtype if is_float(stored) else stored.dtype)
 
     def leaf(self, path: str) -> np.ndarray:
         """The folded leaf."""
@@ -98,7 +99,7 @@ class Folding:
 
     def _make(self, path, *, is_centred):
         places = self._places
-        own = self._own[self._form.tie.table].T if self._is_readout(path) else self._own[path]
+        own = self._stored(path)
         if not is_float(own):
             return own
         if path in places.entries:
@@ -146,17 +147,19 @@ class Folding:
         if path not in self._places.takes_offset:
             return None
         norm, reader = self._places.takes_offset[path]
-        kernel = self._own[self._form.tie.table].T if self._is_readout(reader.kernel) else self._own[reader.kernel]
-        return read_constant(self._own.vector(norm.bias), kernel, reader.axis)
+        return read_constant(self._own.vector(norm.bias), self._stored(reader.kernel), reader.axis)
 
     def _written_into(self, path):
         """What an output bias takes of its attention's value bias; None for other leaves."""
         if path not in self._places.attentions:
             return None
         attention = self._places.attentions[path]
-        return write_constant(
-            *(self._make(leaf, is_centred=False) for leaf in (attention.v_bias, attention.out_kernel))
-        )
+        values, kernel = (self._make(leaf, is_centred=False) for leaf in (attention.v_bias, attention.out_kernel))
+        return write_constant(values, kernel)
+
+    def _stored(self, path):
+        """A leaf of the network; of a tied readout, the table as a reader sees it."""
+        return self._own[self._form.tie.table].T if self._is_readout(path) else self._own[path]
 
     def _is_readout(self, path):
         return self._form.tie is not None and path == self._form.tie.readout
