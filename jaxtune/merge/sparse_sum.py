@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxtune.merge.affine import is_known, only_whole, take
 from jaxtune.merge.masks import sign_of
 from jaxtune.merge.sparsify import Cut, sparse_delta
@@ -82,24 +84,37 @@ def add_elected(
         return take(whole)
     order = _in_order(weight)
     cuts, weight, gains = ([items[model] for model in order] for items in (cuts, weight, gains))
-    if normalize is True and all(is_known(w, weight[0]) for w in weight) and not is_known(weight[0], 0.0):
-        weight = [math.copysign(1.0, weight[0])] * len(weight)  # they cancel
+    if normalize is True and weigh_votes and all(is_known(w, weight[0]) and w > 0 for w in weight):
+        weight, normalize = [1.0] * len(weight), "count"  # equal weights cancel
     factors = tuple(w * g for w, g in zip(weight, gains, strict=True)) if weigh_votes else tuple(gains)
     numbers = (factors, tuple(cut.numbers for cut in cuts))
-    ballot = {"rules": tuple(cut.rule for cut in cuts), "order": order, "vote": vote}
+    ballot = {
+        "rules": tuple(cut.rule for cut in cuts),
+        "order": order,
+        "vote": vote,
+        "plain": tuple(is_known(one, 1.0) for one in factors),
+    }
     at_zero = 0.0 if zero_vote == "none" else 1.0
     if zero_vote == "majority":
         at_zero = view.xp.where(view.reduce(_count_signs, *numbers, **ballot) > 0, 1.0, -1.0)
-    constants = {**ballot, "normalize": normalize, "weigh_votes": weigh_votes, "plus": zero_vote == "plus"}
+    constants = {
+        **ballot,
+        "normalize": normalize,
+        "weigh_votes": weigh_votes,
+        "zero_is_plus": zero_vote == "plus",
+        "scales": not is_known(scale, 1.0),
+    }
     return Combine(_add_elected, (*numbers, tuple(weight), scale, at_zero), tuple(constants.items()))
 
 
-def _add_elected(elements, factors, numbers, weight, scale, at_zero, *, normalize, weigh_votes, plus, vote, **cut):
+def _add_elected(
+    elements, factors, numbers, weight, scale, at_zero, *, normalize, weigh_votes, zero_is_plus, scales, vote, **cut
+):
     xp = elements.xp
     values = _values(elements, factors, numbers, **cut)
     votes = _votes(xp, values, vote)
     sign = sign_of(votes >= 0, votes.dtype)
-    if not plus:
+    if not zero_is_plus:
         sign = sign + (votes == 0).astype(votes.dtype) * (at_zero - 1.0)  # a vote of zero counted as plus
     merged = share = None
     for value, factor in zip(values, weight, strict=True):
@@ -107,18 +122,21 @@ def _add_elected(elements, factors, numbers, weight, scale, at_zero, *, normaliz
         part = agreeing if weigh_votes else agreeing * factor
         merged = part if merged is None else merged + part
         if normalize:
-            agrees = (agreeing > 0).astype(votes.dtype)
+            agrees = (agreeing > 0).astype(np.int16 if normalize == "count" else votes.dtype)
             agrees = agrees if normalize == "count" else agrees * factor
             share = agrees if share is None else share + agrees
     if normalize:
-        merged = merged / (share + (share == 0).astype(share.dtype))
-    return elements.base + merged * sign * scale
+        merged = merged / (share + (share == 0).astype(share.dtype)).astype(merged.dtype)
+    merged = merged * sign
+    return elements.base + (merged * scale if scales else merged)
 
 
-def _values(elements: Elements, factors, numbers, *, rules, order) -> list[Leaf]:
+def _values(elements: Elements, factors, numbers, *, rules, order, plain) -> list[Leaf]:
     """Cut task vectors, rescaled and, where votes are, weighted."""
-    cuts = zip(order, factors, rules, numbers, strict=True)
-    return [sparse_delta(elements, model, rule, number) * factor for model, factor, rule, number in cuts]
+    cut = zip(order, rules, numbers, strict=True)
+    deltas = [sparse_delta(elements, model, rule, number) for model, rule, number in cut]
+    scaled = zip(deltas, factors, plain, strict=True)
+    return [delta if is_plain else delta * factor for delta, factor, is_plain in scaled]
 
 
 def _votes(xp, values, vote):
@@ -129,6 +147,6 @@ def _votes(xp, values, vote):
     return votes
 
 
-def _count_signs(elements, factors, numbers, *, rules, order, vote):
-    votes = _votes(elements.xp, _values(elements, factors, numbers, rules=rules, order=order), vote)
+def _count_signs(elements, factors, numbers, *, vote, **cut):
+    votes = _votes(elements.xp, _values(elements, factors, numbers, **cut), vote)
     return sum_wide(elements, elements.xp.sign(votes))
