@@ -388,3 +388,52 @@ def test_fifty_thousand_tensors_plan_in_time(tmp_path):
     seconds = time.process_time() - start
     assert len(jobs.jobs) == 50_113
     assert seconds < 12  # 2.3 s where this was written, half of them for the headers; the rest is for slower machines
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt_neox"])
+def test_frankenmerges_of_other_families_load(family, place, tmp_path):
+    import torch
+    import transformers
+
+    one, two = (str(model_folder(place, family, seed)) for seed in range(2))
+    ranges = [(one, 0, 2), (two, 1, 2), (two, 0, 2)]
+    text = f"""
+slices:
+  - sources: [{{model: {one}, layer_range: [0, 2]}}]
+  - sources: [{{model: {two}, layer_range: [1, 2]}}]
+  - sources: [{{model: {two}, layer_range: [0, 2]}}]
+merge_method: passthrough
+"""
+    jobs = resolve(read_recipe(text))
+    if family in ("gpt2", "qwen2", "qwen3", "gemma2", "phi3"):  # families that mergekit has tables of
+        planned, _ = plan_with_mergekit(text)
+        ours = {job.name for job in jobs.jobs}
+        planned = {name: plan for name, plan in planned.items() if name in ours}
+        assert_same_plan(jobs, planned, [str(model.path) for model in jobs.models])
+    tensors = {job.name: np.asarray(_leaf(jobs, job.sources[0])) for job in jobs.jobs}
+    layers = [start + step for _, start, end in ranges for step in range(end - start)]
+    assert max(job.layer for job in jobs.jobs if job.layer is not None) == len(layers) - 1
+    from jaxtune.checkpoint import safetensors
+
+    (tmp_path / "config.json").write_text(json.dumps(dict(jobs.config)))
+    safetensors.make_header(tensors, {"format": "pt"}).write(tmp_path / "model.safetensors", tensors.__getitem__)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.isfinite(model(torch.tensor([[1, 5, 7]])).logits).all()
+
+
+def _leaf(jobs, source):
+    from jaxtune.tree import flatten
+
+    return flatten(jobs.models[source.model].params)[source.name]
+
+
+def test_paths_count_from_here_and_from_the_recipes_folder(llamas, tmp_path, monkeypatch):
+    shutil.copytree(llamas["a"], tmp_path / "recipes" / "model")
+    path = tmp_path / "recipes" / "merge.yml"
+    path.write_text("models:\n  - model: model\nmerge_method: linear\n")
+    assert resolve(read_recipe(path)).models[0].path == tmp_path / "recipes" / "model"
+    shutil.copytree(llamas["b"], tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert str(resolve(read_recipe(path)).models[0].path) == "model"
