@@ -27,6 +27,12 @@ def draw_trees(count, dtype=np.float32, seed=0):
 
 def call(name, models, base, **options):
     method = METHODS[name]
+    if method.data == "fishers":
+        fishers = [draw_trees(1, seed=9 + n)[0] for n, _ in enumerate(models)]
+        options["extras"] = [map_leaves(lambda _, leaf: np.square(leaf), tree) for tree in fishers]
+    if method.data == "grams":
+        rows = np.random.default_rng(9).standard_normal((len(models), 30, 12)).astype(np.float32)
+        options["extras"] = [{"a": {"kernel": x.T @ x}} for x in rows]
     given = {option: GIVEN[option] for option, value in method.options.items() if value is REQUIRED}
     return merge_trees(method, models, None if method.base == "none" else base, **given, **options)
 
@@ -42,7 +48,8 @@ def test_a_method_gives_the_tree_of_the_base_in_its_dtypes(name):
     merged = call(name, models, base)
     assert flatten(merged).keys() == flatten(base).keys()
     for path, leaf in flatten(merged).items():
-        assert leaf.shape == flatten(base)[path].shape and leaf.dtype == np.float32, path
+        assert leaf.shape == flatten(base)[path].shape, path
+        assert leaf.dtype == np.float32, path
         assert np.isfinite(leaf).all(), path
 
 

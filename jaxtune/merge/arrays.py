@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.errors import TreeMismatchError
+from jaxtune.errors import ConfigError, TreeMismatchError
 from jaxtune.lazy import read
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_options
@@ -29,6 +29,7 @@ class ArrayView(View):
         unit: As `Method.unit`.
         input_axis: As `View.input_axis`.
         seed: Of random bits.
+        extras: For every leaf one array a model of what the method needs beside weights, or None; None: for no leaf.
     """
 
     def __init__(
@@ -40,12 +41,16 @@ class ArrayView(View):
         unit: str,
         input_axis: int = 0,
         seed: int = 0,
+        extras: Sequence[Sequence[Leaf] | None] | None = None,
     ):
         self.name, self.input_axis, self.unit, self.seed = names[0], input_axis, unit, seed
         self.num_models, self.has_base = len(models[0]), bases[0] is not None
         self.xp = np if all(isinstance(leaf, np.ndarray) for leaf in models[0]) else _jax_numpy()
         self.shape = models[0][0].shape if len(names) == 1 else (sum(math.prod(m[0].shape) for m in models),)
         self._leaves = list(zip(names, models, bases, strict=True))
+        self._extras = (None,) * len(names) if extras is None else tuple(extras)
+        if extras is not None:
+            self.extra_shapes = tuple(None if one is None else one[0].shape for one in extras)
 
     def reduce(self, function: Callable[..., Leaf], *numbers: Any, **constants: Any) -> Leaf:
         """As `View.reduce`."""
@@ -71,7 +76,11 @@ class ArrayView(View):
         wide = functools.reduce(np.promote_types, [compute_dtype(array.dtype) for array in arrays])
         arrays = [self._shape(array, wide) for array in arrays]
         streams = tuple(make_stream(self.seed, model, name) for model in range(len(models)))
-        return Elements(self.xp, tuple(arrays[: len(models)]), arrays[-1] if base is not None else None, start, streams)
+        extras = self._extras[leaf]
+        if extras is not None:
+            extras = tuple(self._shape(extra, wide) for extra in extras)
+        base = arrays[-1] if base is not None else None
+        return Elements(self.xp, tuple(arrays[: len(models)]), base, start, streams, extras)
 
     def runs(self, leaf: int):
         """One leaf in runs of about `RUN` elements, whole rows; where JAX computes, and for leaves, in one."""
@@ -89,6 +98,7 @@ class ArrayView(View):
                 None if whole.base is None else whole.base[take],
                 whole.start + low * (1 if self.unit == "element" else first.shape[1]),
                 whole.streams,
+                None if whole.extras is None else tuple(extra[take] for extra in whole.extras),
             )
 
     def fold_back(self, leaf: int, merged: Leaf) -> Leaf:
@@ -132,6 +142,7 @@ def merge_trees(
     *,
     seed: int = 0,
     input_axis: int = 0,
+    extras: Sequence[Params] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """One model of several, leaf by leaf, in memory.
@@ -142,6 +153,8 @@ def merge_trees(
         base: What the task vectors are counted from; None for methods without one.
         seed: Of random methods.
         input_axis: Axis of matrices that runs along their inputs: 0 in trees of ours, -1 in files of torch.
+        extras: What the method needs beside weights (`Method.data`), one tree a model, by the same paths; a leaf may
+            have none.
         **options: The method's own, as recipes spell them; per-model ones as one value, or a sequence with one a model.
 
     Returns:
@@ -157,15 +170,30 @@ def merge_trees(
     if base is not None:
         named = {"base": base, **named}
     check_same(named)
+    if (method.data == "none") != (extras is None):
+        needed = f"needs {method.data}, one tree a model" if extras is None else "needs nothing beside weights"
+        raise ConfigError(f"this merge method {needed}: see `extras`.")
+    if extras is not None:
+        check_same({f"{method.data} of model {n}": tree for n, tree in enumerate(extras)})
+        if len(extras) != len(models):
+            raise ConfigError(f"`extras`: expected {len(models)} trees of {method.data}, got {len(extras)}.")
     options = check_options(method, options, len(models), has_base=base is not None)
     flats = [flatten(model) for model in models]
     like = flats[0] if base is None else flatten(base)
+    beside = [flatten(tree) for tree in extras or ()]
+    unknown = [path for path in (beside[0] if beside else ()) if path not in like]
+    if unknown:
+        raise TreeMismatchError(f"{method.data} of leaves that no model has: {', '.join(unknown[:5])}.")
     paths = [path for path in like if is_float(like[path])]
 
     def view_of(some):
         leaves = [[read(flat[path]) for flat in flats] for path in some]
         bases = [read(like[path]) if base is not None else None for path in some]
-        return ArrayView(some, leaves, bases, unit=method.unit_of(options), input_axis=input_axis, seed=seed)
+        more = None
+        if beside:
+            more = [[read(tree[path]) for tree in beside] if path in beside[0] else None for path in some]
+        unit = method.unit_of(options)
+        return ArrayView(some, leaves, bases, unit=unit, input_axis=input_axis, seed=seed, extras=more)
 
     merged = {path: _copy_equal(path, like, flats) for path in like if path not in paths}
     groups = [paths] if options.get(method.scope_option) == "model" else [[path] for path in paths]

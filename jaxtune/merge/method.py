@@ -22,7 +22,7 @@ class Method:
         base: Whether the method works on task vectors and so "needs" a base, "may" have one, or has "none".
         num_models: Least and most models beside the base; None is any number.
         per_model: Options that have a value a model.
-        data: What it needs beyond weights.
+        data: What it needs beside weights, as `Elements.extras`: "none", or its name for messages.
         presets: Name of a peer -> options with which its results come out.
         scope_option: The option that, set to "model", makes one view of all leaves; None: always a view a leaf.
         check: (options) -> None. Raises ConfigError, or UnknownNameError, where a value makes no sense.

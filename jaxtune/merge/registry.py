@@ -8,6 +8,7 @@ from jaxtune.merge.covariance import ACE, WUDI
 from jaxtune.merge.dare import DARE_LINEAR, DARE_TIES
 from jaxtune.merge.della import DELLA, DELLA_LINEAR
 from jaxtune.merge.emr import EMR
+from jaxtune.merge.fisher import FISHER
 from jaxtune.merge.graft import GRAFT
 from jaxtune.merge.half_reset import HALF_RESET
 from jaxtune.merge.isotropic import ISO_C, ISO_CTS
@@ -23,6 +24,7 @@ from jaxtune.merge.nuslerp import NUSLERP
 from jaxtune.merge.passthrough import PASSTHROUGH
 from jaxtune.merge.pcb import PCB
 from jaxtune.merge.ram import RAM, RAMPLUS_TL
+from jaxtune.merge.regmean import REGMEAN
 from jaxtune.merge.sce import SCE
 from jaxtune.merge.slerp import SLERP
 from jaxtune.merge.subspaces import CORE_SPACE, KNOTS
@@ -78,4 +80,6 @@ METHODS: dict[str, Method] = {
     "subspace_boosting": BOOSTED,
     "wudi": WUDI,
     "ace": ACE,
+    "fisher": FISHER,
+    "regmean": REGMEAN,
 }

@@ -46,10 +46,12 @@ class Elements:
         base: The same of the base; None where the method has none.
         start: Place of the first of them in the flattened leaf (of a view of many leaves: in all of them), an integer.
         streams: One stream of random bits a model.
+        extras: What the method needs beside weights (`Method.data`), one array a model; None: this leaf has none.
 
     Shapes:
         models[k], base: [num_elements] for a method of unit "element"; [num_rows, row_length] for "row"; the leaf's own
             for "leaf".
+        extras[k]: As `models[k]`; for "leaf" the data's own.
     """
 
     xp: Any
@@ -57,6 +59,7 @@ class Elements:
     base: Leaf | None
     start: Any
     streams: tuple[Stream, ...]
+    extras: Sequence[Leaf] | None = None
 
     @functools.cached_property
     def deltas(self) -> Sequence[Leaf]:
@@ -128,6 +131,8 @@ class View(ABC):
         input_axis: Axis that runs along the inputs of a matrix: -1 in files of torch, 0 in our trees.
         xp: `numpy` or `jax.numpy`: of numbers about the whole leaf.
         seed: Of random bits.
+        extra_shapes: For a method that needs more than weights, the shapes of `Elements.extras`, leaf by leaf, None for
+            leaves without any; None: no such data was given.
     """
 
     name: str
@@ -137,6 +142,7 @@ class View(ABC):
     input_axis: int
     xp: Any
     seed: int = 0
+    extra_shapes: Sequence[tuple[int, ...] | None] | None = None
 
     @property
     def size(self) -> int:
