@@ -50,17 +50,19 @@ class Alignment:
     """What `align` found.
 
     Attributes:
-        element: Group -> value; `symmetry.apply(spec, element, params)` moves any tree of the source.
-        spec: The symmetry that the element belongs to.
-        params: The source, moved.
+        element: Group -> value; `symmetry.apply(spec, element, params)` moves any tree of the source, for method `full`
+            any folded one (`symmetry.canonical.fold`).
+        spec: The symmetry that the element belongs to; for method `full` that of folded weights.
+        params: The source, moved; None where no network of the family can hold it (`full` on a tower with an entry
+            norm or with a tied table).
         evidence: The element against the identity and random elements.
-        equivalence: Outputs of source and moved source compared; None without a config.
+        equivalence: Outputs of source and moved source compared; None without a config, or with an entry norm.
         info: What the method measured on its way.
     """
 
     element: Mapping[str, Any]
     spec: Spec
-    params: dict[str, Any]
+    params: dict[str, Any] | None
     evidence: MatchEvidence
     equivalence: Equivalence | None
     info: dict[str, Any]
@@ -129,10 +131,14 @@ def align(
     if method not in ALIGN_METHODS:
         raise unknown_name("align method", method, ALIGN_METHODS)
     spec_options, options = ALIGN_METHODS[method].split(options)
-    spec = symmetry_of(**spec_options)
+    spec, fold, realise = symmetry_of(**spec_options), _as_it_is, _as_it_is
+    if ALIGN_METHODS[method].is_folded:
+        own, spec = spec, canonical.canonical_spec(spec)
+        fold = functools.partial(canonical.fold, own)
+        realise = functools.partial(canonical.realise, own) if canonical.can_realise(own.form) else None
     key = jax.random.key(seed)
-    found = find_element(named_key(key, "align"), spec, target, source, method=method, **options)
-    moved = symmetry.apply(spec, found.element, whole)
+    ours, theirs = fold(target), fold(source)
+    found = find_element(named_key(key, "align"), spec, ours, theirs, method=method, **options)
     info = words | {
         name: getattr(found, name)
         for name in ("is_converged", "num_sweeps", "start", "objectives", "reached_inside")
@@ -141,9 +147,9 @@ def align(
     return Alignment(
         element=found.element,
         spec=spec,
-        params=moved,
-        evidence=judge_match(named_key(key, "evidence"), spec, target, source, found.element),
-        equivalence=_equivalence(key, own_config, spec, found.element, whole) if verify else None,
+        params=None if realise is None else realise(symmetry.apply(spec, found.element, fold(whole)), like=whole),
+        evidence=judge_match(named_key(key, "evidence"), spec, ours, theirs, found.element),
+        equivalence=_prove(key, own_config, spec, found.element, whole, fold, realise) if verify else None,
         info=info,
     )
 
@@ -214,10 +220,8 @@ def transport(
         ours, theirs = prepared.fold(anchor), prepared.fold(source)
         if element is None:
             element = match_weights(named_key(key, "compare"), spec, ours, theirs).element
-        elif prepared.realise is not None:
-            equivalence = _equivalence(key, config, spec, element, source, prepared.fold, prepared.realise)
-        elif spec.form is not None and spec.form.tie and not spec.form.entries:
-            equivalence = _equivalence_untied(key, config, spec, element, source)
+        else:
+            equivalence = _prove(key, config, spec, element, source, prepared.fold, prepared.realise)
         evidence = judge_match(named_key(key, "evidence"), spec, ours, theirs, element)
     params = apply_transport(prepared, target, scale)
     check_finite("the result", params)
@@ -268,6 +272,20 @@ def _fixed_spec(params):
     return symmetry.make_spec([], {path: (None,) * np.ndim(leaf) for path, leaf in flatten(params).items()})
 
 
+def _as_it_is(params, like=None):
+    del like
+    return params
+
+
+def _prove(key, config, spec, element, source, fold, realise):
+    """Source against moved source, where some network can hold the latter; `fold` and `realise` as in `Prepared`."""
+    if realise is not None:
+        return _equivalence(key, config, spec, element, source, fold, realise)
+    if spec.form is not None and spec.form.tie and not spec.form.entries:
+        return _equivalence_untied(key, config, spec, element, source)
+    return None
+
+
 def _equivalence_untied(key, config, spec, element, source):
     """The same for folded weights of a tied table, which are those of the network with a readout of its own."""
     if config is None:
@@ -279,7 +297,7 @@ def _equivalence_untied(key, config, spec, element, source):
     return _equivalence(key, own, spec, element, source, fold, realise)
 
 
-def _equivalence(key, config, spec, element, source, fold=lambda params: params, realise=lambda params, like: params):
+def _equivalence(key, config, spec, element, source, fold, realise):
     """Source against moved source on example inputs; `fold` and `realise` as in `Prepared`."""
     if config is None:
         return None

@@ -13,9 +13,10 @@ import pytest
 
 import jaxtune as jt
 from jaxtune import symmetry, tree
-from jaxtune.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError, UnknownNameError
+from jaxtune.errors import ConfigError, DataError, NonFiniteError, SpecError, TreeMismatchError, UnknownNameError
 from jaxtune.loading import check_same_architecture
 from jaxtune.models import mlp, registry, vit
+from jaxtune.symmetry import canonical
 from jaxtune.transport.prepared import apply_transport
 
 CONFIG = vit.Config(
@@ -157,6 +158,28 @@ def test_align_finds_scales_when_asked(trees):
     assert found.equivalence.is_exact
     plain = jt.align(source, target, config=MLP)
     assert plain.evidence.residual["found"] > 0.1 > 100 * found.evidence.residual["found"]
+
+
+def test_align_by_the_whole_group_where_no_network_holds_the_moved_source():
+    config = dataclasses.replace(CONFIG, stream_norm=True)
+    pair = init(0, config), init(1, config)
+    found = jt.align(*pair, config=config, method="full")
+    assert found.params is None
+    assert found.equivalence is None
+    own = registry.symmetry_of(config)
+    moved = symmetry.apply(found.spec, found.element, canonical.fold(own, pair[0]))
+    assert found.evidence.residual["found"] < found.evidence.residual["identity"]
+    target, moved = (
+        np.concatenate([leaf.ravel() for path, leaf in tree.flatten(params).items() if leaf.ndim > 1])
+        for params in (canonical.fold(own, pair[1]), moved)
+    )
+    residual = np.linalg.norm(target - moved) / np.linalg.norm(target)
+    assert residual == pytest.approx(found.evidence.residual["found"], rel=1e-4)
+
+
+def test_align_by_the_whole_group_asks_for_norms_that_fold(trees):
+    with pytest.raises(SpecError, match="no canonical form"):
+        jt.align(trees[0], trees[2], config=MLP, method="full")
 
 
 def test_align_moves_the_source_onto_a_reordered_copy(trees, checkpoints, tmp_path):

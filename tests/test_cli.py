@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 import torch_files
+from safetensors import safe_open
 
 import jaxtune as jt
 from jaxtune import symmetry, tree
 from jaxtune.cli import main, prepare_process
 from jaxtune.models import mlp, registry, vit
+from jaxtune.symmetry import canonical
 
 CONFIG = vit.Config(
     image_size=8, patch_size=4, width=16, depth=2, num_heads=2, mlp_width=24, num_outputs=10, channels=1
@@ -197,6 +199,31 @@ def test_align_writes_the_element_and_the_moved_source(models, run, tmp_path):
     report = json.loads((tmp_path / "paper" / "report.json").read_text())
     assert (report["is_exact"], report["equivalence"]["is_exact"]) == (False, False)
     assert report["method"]["options"]["repair_stop"] is False
+
+
+def test_align_by_the_whole_group_writes_rotations_and_the_moved_source(models, run, tmp_path):
+    """What is written computes what the source does, and the element moves the folded source onto it."""
+    for target in ("copy", "other"):
+        place = tmp_path / target
+        code, out, _ = run(
+            "align", "--source", models["old"], "--target", models[target], "--out", place, "--method", "full"
+        )  # fmt: skip
+        assert code == 0
+        assert "every gain" in out
+        report = json.loads((place / "report.json").read_text())
+        assert report["groups"]["stream"]["kind"] == "centred_orthogonal"
+        assert report["equivalence"]["is_exact"]
+        assert report["evidence"]["residual"]["found"] < report["evidence"]["residual"]["identity"]
+        moved, source = jt.load(place), jt.load(models["old"])
+        spec = registry.symmetry_of(registry.config_from_dict(source.config))
+        with safe_open(place / "alignment.safetensors", "np") as file:
+            element = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        folded = symmetry.apply(canonical.canonical_spec(spec), element, canonical.fold(spec, source.params))
+        again = tree.flatten(canonical.fold(spec, moved.params))
+        for path, leaf in tree.flatten(folded).items():
+            np.testing.assert_allclose(again[path], leaf, atol=2e-5, err_msg=path)
+    copy = json.loads((tmp_path / "copy" / "report.json").read_text())
+    assert copy["evidence"]["residual"]["found"] < 1e-4
 
 
 @pytest.mark.parametrize(("weight", "end"), [("0", "old"), ("1", "tuned")])

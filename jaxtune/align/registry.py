@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxtune.align.transfusion import match_transfusion
-from jaxtune.align.weights import match_weights
+from jaxtune.align.weights import MatchResult, match_weights
 from jaxtune.errors import unknown_name
 from jaxtune.symmetry.spec import Spec
 from jaxtune.types import Params
@@ -25,6 +25,7 @@ class Method:
         summary: One line for listings.
         data: What it needs beyond weights.
         reference: Where it comes from.
+        is_folded: Whether spec and trees are those of folded weights (`symmetry.canonical`).
     """
 
     match: Callable[..., Any]
@@ -32,6 +33,7 @@ class Method:
     summary: str
     data: str
     reference: str
+    is_folded: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -47,6 +49,32 @@ class Method:
         return asked, {name: value for name, value in options.items() if name not in self.spec_options}
 
 
+def match_full(
+    key: jax.Array,
+    spec: Spec,
+    target: Params,
+    source: Params,
+    *,
+    head_cost: str = "circuit",
+    weighting: str = "plain",
+    num_restarts: int = 0,
+    max_sweeps: int = 100,
+    tolerance: float = 1e-3,
+) -> MatchResult:
+    """`match_weights` as transport method `full` calls it, for folded weights and their spec."""
+    return match_weights(
+        key,
+        spec,
+        target,
+        source,
+        head_cost=head_cost,
+        weighting=weighting,
+        num_restarts=num_restarts,
+        max_sweeps=max_sweeps,
+        tolerance=tolerance,
+    )
+
+
 # One order of the stream, QK and VO apart, no scales: what every family's symmetry is unless more is asked.
 PLAIN_SPEC = {"junctions": "shared", "inside": "separate", "scales": "fixed"}
 
@@ -57,6 +85,14 @@ METHODS: dict[str, Method] = {
         "coordinate ascent on the inner product of the weights; exact symmetry",
         "none",
         "arXiv:2209.04836",
+    ),
+    "full": Method(
+        match_full,
+        {},
+        "rotations of the stream and invertible maps inside heads, on folded weights; exact symmetry",
+        "none",
+        "this project; arXiv:2506.22712",
+        is_folded=True,
     ),
     "transfusion": Method(
         match_transfusion,
@@ -72,6 +108,8 @@ def find_element(
     key: jax.Array, spec: Spec, target: Params, source: Params, *, method: str = "weights", **options: Any
 ) -> Any:
     """Runs the named method; its result has at least `element`, `is_converged` and `num_sweeps`.
+
+    Of a method that `is_folded` the spec and the trees are those of folded weights.
 
     Raises:
         UnknownNameError: no such method, or no such option of it; lists the known ones.

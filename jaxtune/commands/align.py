@@ -21,6 +21,14 @@ INEXACT = (
     "The element has one order per junction of the stream, which a stock network cannot express, so the moved "
     "source is not written; alignment.safetensors holds the element."
 )
+FOLDED = (
+    "The element moves folded weights (jaxtune.symmetry.canonical). The folder holds the moved source with every gain "
+    "at 1: the same function, in the folded target's coordinates."
+)
+UNHELD = (
+    "The element moves folded weights (jaxtune.symmetry.canonical), for which no network of this family has a place: "
+    "the moved source is not written; alignment.safetensors holds the element."
+)
 
 
 def run(arguments) -> None:
@@ -44,6 +52,8 @@ def run(arguments) -> None:
         "method": {"name": arguments.method, "options": {**METHODS[arguments.method].options, **options}},
         "seed": arguments.seed,
         "is_exact": found.spec.is_exact,
+        "is_folded": METHODS[arguments.method].is_folded,
+        "holds_moved_source": found.spec.is_exact and found.params is not None,
         "groups": {
             name: {"size": group.size, "kind": group.kind, "role": group.role}
             for name, group in found.spec.groups.items()
@@ -58,7 +68,7 @@ def run(arguments) -> None:
     with publish(arguments.out, overwrite=arguments.overwrite, inputs=paths.values()) as folder:
         element = {name: np.asarray(value) for name, value in found.element.items()}
         safetensors.make_header(element).write(folder / ELEMENT_NAME, element.__getitem__)
-        if found.spec.is_exact:
+        if report["holds_moved_source"]:
             source = models["source"]
             checkpoint.write_checkpoint(folder, found.params, source.layout, side_files=source.side_files)
         write_extra_files(folder, {name: text.encode() for name, text in reports.items()})
@@ -76,10 +86,15 @@ def _rows(report):
 def _summary(report, out):
     table = render_table({"what": "align", "value": ""}, _rows(report))
     verdict = ADVICE[report["evidence"]["lineage"]["verdict"]]
-    return f"{table}\n\n{verdict}\n\n{EXACT if report['is_exact'] else INEXACT}\nWritten to {out}."
+    return f"{table}\n\n{verdict}\n\n{_what_is_written(report)}\nWritten to {out}."
+
+
+def _what_is_written(report):
+    if report["is_folded"]:
+        return FOLDED if report["holds_moved_source"] else UNHELD
+    return EXACT if report["is_exact"] else INEXACT
 
 
 def _page(report):
-    what = EXACT if report["is_exact"] else INEXACT
-    sections = [Section("What was done", [what], {"what": "", "value": ""}, _rows(report))]
+    sections = [Section("What was done", [_what_is_written(report)], {"what": "", "value": ""}, _rows(report))]
     return render_page("jaxtune align", sections + evidence_section(report["evidence"], report["equivalence"]))
