@@ -111,3 +111,5 @@ def test_nearswap_moves_every_element_by_t_at_most():
     np.testing.assert_array_equal(merge("nearswap", [model], base, t=5.0), model)
     np.testing.assert_array_equal(merge("nearswap", [model], base, t=0.0), base)
     np.testing.assert_array_equal(merge("nearswap", [model], base, t=-1.0), base)
+    # A difference below 1e-6 counts as 1e-6.
+    np.testing.assert_allclose(merge("nearswap", [[5e-7, 1.0]], [0.0, 0.0], t=3e-7), [1.5e-7, 3e-7], rtol=1e-14)

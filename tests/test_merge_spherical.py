@@ -83,6 +83,11 @@ def test_karcher_mean_by_hand():
     np.testing.assert_allclose(merge("karcher", [(1.0, 0), (0, 2.0)]), (half, half), rtol=1e-14)
     np.testing.assert_allclose(merge("karcher", [(1.0, 0), (0, 2.0), (0, 0)]), np.array((half, half)) * 2 / 3)
     np.testing.assert_allclose(merge("karcher", [(1.0, 0), (-1.0, 0)]), (1.0, 0), rtol=1e-14)
+    for seed in range(20):  # opposite but for rounding: no way from one to the other is the shortest
+        model = np.random.default_rng(seed).standard_normal(7)
+        found = merge("karcher", [model, -3 * model])
+        np.testing.assert_allclose(np.linalg.norm(found), 2 * np.linalg.norm(model), rtol=1e-12)
+        np.testing.assert_allclose(np.abs(found), 2 * np.abs(model), rtol=1e-6)
 
 
 def test_the_tangents_at_the_karcher_mean_cancel():
