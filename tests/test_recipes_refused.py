@@ -238,3 +238,31 @@ def test_post_steps_are_known_by_name(llamas):
     assert jobs.jobs[0].post == (("lines", {"alpha": 0.5}),)
     assert "unknown post-step 'lnes'. Did you mean 'lines'" in refuse(recipe_of(llamas[0], llamas[1], post=["lnes"]))
     assert "unknown option 'aplha' of lines" in refuse(recipe_of(llamas[0], llamas[1], post=[{"lines": {"aplha": 1}}]))
+
+
+def test_a_slice_of_the_base_alone_is_the_base(llamas):
+    recipe = {
+        "slices": [
+            {"sources": [{"model": llamas[0], "layer_range": [0, 1]}]},
+            {"sources": [{"model": name, "layer_range": [1, 2]} for name in llamas[:2]]},
+        ],
+        "merge_method": "ties",
+        "base_model": llamas[0],
+    }
+    jobs = {job.name: job for job in resolve(read_recipe(recipe)).jobs}
+    assert jobs["model.layers.0.mlp.up_proj.weight"].method == "copy"
+    assert jobs["model.layers.1.mlp.up_proj.weight"].method == "ties"
+    jobs = {job.name: job for job in resolve(read_recipe({**recipe, "dtype": "bfloat16"})).jobs}
+    alone = jobs["model.layers.0.mlp.up_proj.weight"]
+    assert (alone.method, alone.options, str(alone.dtype)) == ("passthrough", {"scale": (None,)}, "bfloat16")
+    recipe["merge_method"] = "slerp"
+    assert "takes 1 models beside the base, got 0" in refuse({**recipe, "parameters": {"t": 0.5}})
+
+
+def test_a_base_that_a_slice_leaves_out_is_named(llamas):
+    recipe = {
+        "slices": [{"sources": [{"model": name, "layer_range": [0, 2]} for name in llamas[1:]]}],
+        "merge_method": "nuslerp",
+        "base_model": llamas[0],
+    }
+    assert "slices[0]: nuslerp takes base_model for the base of a slice: name it among the sources" in refuse(recipe)

@@ -31,6 +31,7 @@ class PartOptions:
     Attributes:
         sources: Positions of the models in `part.sources`, without the base.
         base: Position of the base; None where the method has none.
+        is_base_alone: Whether a method of task vectors is given none: the result is the base.
     """
 
     def __init__(self, recipe: Recipe, part: Part, labels: Sequence[str], problems: list[str]):
@@ -59,7 +60,10 @@ class PartOptions:
             if resolve.has_filters
         ]
         self._made: dict[tuple, Mapping[str, Any]] = {}
-        self._check_counts(part)
+        self._is_bad = False
+        self.is_base_alone = not self.sources and (self.method.base, self.method.num_models) == ("needs", (1, None))
+        if not self.is_base_alone:
+            self._check_counts(part, recipe)
         self._check_weights(part)
 
     def at(self, name: str, names: Sequence[str], t: float) -> Mapping[str, Any]:
@@ -98,13 +102,19 @@ class PartOptions:
                     f"{self._name} needs the parameter {option!r} of every model, and no level says it for {name} of "
                     f"{whose}: write it under 'parameters'."
                 )
-        if not missing and self.method.check is not None:
+        if not missing and self.method.check is not None and not self._is_bad:
             try:
                 self.method.check(options)
             except JaxtuneError as error:
+                self._is_bad = True  # the first tensor stands for all
                 self._complain(f"{name}: {error}")
 
-    def _check_counts(self, part):
+    def _check_counts(self, part, recipe):
+        is_base_named = recipe.base_model is not None or part.node.get("base_model") is not None
+        is_missing = self.method.base == "may" and is_base_named and self._name not in BASE_IS_A_MODEL
+        if part.base is None and is_missing:
+            self._complain(f"{self._name} takes base_model for the base of a slice: name it among the sources too.")
+            return
         if part.base is None and self.method.base == "needs":
             self._complain(
                 f"{self._name} works on task vectors and needs a base: write base_model, the model that the others "

@@ -228,7 +228,10 @@ def make_job(
         layer=wanted.layer,
         num_layers=wanted.num_layers,
     )
-    if recipe.merge_method == "passthrough" and _is_copy(job, dtypes):
+    if options.is_base_alone:  # nothing is added to it
+        scale = {"scale": (None,)}
+        job = replace(job, method="passthrough", sources=(job.base,), base=None, options=scale, post=())
+    if job.method == "passthrough" and _is_copy(job, dtypes):
         return replace(job, method="copy", options={})
     return job
 
