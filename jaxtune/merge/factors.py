@@ -40,16 +40,18 @@ def each_matrix(elements: Elements, input_axis: int) -> Iterator[Leaf]:
     for model in elements.models:
         delta = model - elements.base
         delta = delta.T if input_axis % 2 == 0 else delta
-        yield delta.astype(np.float64) if elements.xp is np else delta
+        yield delta.astype(np.float64, copy=False) if elements.xp is np else delta
 
 
 def sum_matrices(elements: Elements, input_axis: int) -> Leaf:
     """The sum of the task vectors, as `each_matrix` has them."""
-    matrices = each_matrix(elements, input_axis)
-    total = next(matrices).copy()
-    for matrix in matrices:
-        total = total + matrix if elements.xp is not np else np.add(total, matrix, out=total)
-    return total
+    if elements.xp is not np:
+        return sum(each_matrix(elements, input_axis))
+    # Sums of models and one difference: float64 has the digits to spare, and no task vector is written out.
+    total = elements.base * np.float64(-len(elements.models))
+    for model in elements.models:
+        total += model
+    return total.T if input_axis % 2 == 0 else total
 
 
 def add_matrix(elements: Elements, matrix: Leaf, scale: Any, input_axis: int) -> Leaf:
