@@ -79,6 +79,10 @@ def test_a_transport_says_what_it_lacks(tmp_path):
     entry["transport"] = {"base": old, "sclae": 1}
     with pytest.raises(RecipeError, match="Did you mean 'scale'"):
         resolve(read_recipe(recipe))
+    wide = str(model_folder(tmp_path, "llama", 5, intermediate_size=80))
+    entry["transport"] = {"base": wide}
+    with pytest.raises(RecipeError, match=r"mlp_width: its former base 80, base_model 64"):
+        resolve(read_recipe(recipe))
     entry["transport"] = {"base": old}
     with pytest.raises(RecipeError, match="a transport needs base_model"):
         resolve(read_recipe({"models": [entry], "merge_method": "linear"}))

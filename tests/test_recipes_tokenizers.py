@@ -274,3 +274,11 @@ def test_unknown_templates_are_named(models):
     recipe = {"models": [{"model": str(models["more"])}], "merge_method": "linear", "chat_template": "chatlm"}
     with pytest.raises(RecipeError, match="Did you mean 'chatml'"):
         resolve(read_recipe(recipe))
+
+
+def test_a_union_leaves_out_the_tokens_of_a_former_base(models, tmp_path):
+    old = write_model(tmp_path / "old", [*WORDS, "old"], seed=4)
+    entry = {"model": str(models["more"]), "transport": {"base": str(old), "method": "identity"}}
+    recipe = {"models": [entry], "merge_method": "ties", "base_model": str(models["base"]), "tokenizer_source": "union"}
+    jobs = resolve(read_recipe(recipe))
+    assert "old" not in tokens_of(jobs, tmp_path / "out").get_vocab()

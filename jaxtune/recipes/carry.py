@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from jaxtune.checkpoint import Checkpoint
-from jaxtune.errors import ConfigError, JaxtuneError, unknown_name
+from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.lazy import LazyLeaf, is_lazy, read
-from jaxtune.loading import open_models, share_vocabulary, understand
+from jaxtune.loading import check_same_architecture, open_models, share_vocabulary, understand
 from jaxtune.models import registry
 from jaxtune.recipes.jobs import MergeJobs, Planned, Transported
 from jaxtune.rng import named_key
@@ -81,10 +81,11 @@ def carry(model: Transported, *, seed: int = 0) -> Checkpoint:
 
 
 def check_transport(model: Transported) -> None:
-    """Checks method and options by name, before anything is read.
+    """Checks method and options by name, and the three configs against each other, before anything is read.
 
     Raises:
         UnknownNameError: names the nearest.
+        ConfigError: the three are not of one architecture, or of none that we know.
     """
     if model.method not in METHODS:
         raise unknown_name("transport method", model.method, METHODS)
@@ -94,7 +95,9 @@ def check_transport(model: Transported) -> None:
             raise unknown_name(f"option of transport method {model.method!r}", option, known)
     for role in ("base", "finetuned", "target"):
         if isinstance(getattr(model, role), Planned):
-            raise JaxtuneError(f"{getattr(model, role).path}: an earlier merge of this file. Make that merge first.")
+            raise ConfigError(f"{getattr(model, role).path}: an earlier merge of this file. Make that merge first.")
+    three = {"its former base": model.base, "the model": model.finetuned, "base_model": model.target}
+    check_same_architecture(three, roles_with_own_words=list(three)[:2])
 
 
 def _read_made(stored: Checkpoint) -> Checkpoint:

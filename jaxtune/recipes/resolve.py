@@ -10,22 +10,18 @@ from typing import Any
 
 from jaxtune.merge.post_steps import POST_STEPS
 from jaxtune.recipes import chat
-from jaxtune.recipes.architecture import get_field, with_field
 from jaxtune.recipes.compare import compare_configs, compare_dtypes
 from jaxtune.recipes.jobs import MergeJobs, Planned, Source, TensorJob
 from jaxtune.recipes.nodes import Node, RecipeError, did_you_mean
 from jaxtune.recipes.opening import Opened
 from jaxtune.recipes.options import PartOptions, check_names
+from jaxtune.recipes.output import choose_files, make_config
 from jaxtune.recipes.parts import find_parts, open_models
 from jaxtune.recipes.schema import Recipe
 from jaxtune.recipes.tensors import Names, make_job, walk_module
-from jaxtune.recipes.tokenizer_files import NAMES as TOKENIZER_NAMES
-from jaxtune.recipes.tokenizer_files import write_tokenizer
 from jaxtune.recipes.tokenizers import plan_vocabulary
-from jaxtune.recipes.vocabularies import find_table
 
 MAX_PROBLEMS = 24  # shown; the rest is counted
-VOCABULARY_FIELDS = ("vocab_size", "text_config.vocab_size", "text_cfg.vocab_size", "text.vocab_size")
 
 
 def resolve(recipe: Recipe, *, made: Mapping[str, Path | Planned] | None = None) -> MergeJobs:
@@ -65,18 +61,19 @@ def _resolve(recipe, made) -> MergeJobs:
     notes += [note] if note else []
     vocabulary = None
     if recipe.tokenizer is not None:
-        vocabulary = plan_vocabulary(recipe.tokenizer, models.opened, models.plain_index(), out_index, problems)
+        index_of = models.plain_index()
+        vocabulary = plan_vocabulary(recipe.tokenizer, models.opened, index_of, out_index, involved, problems)
         notes += vocabulary.notes if vocabulary else ()
     jobs = _make_jobs(recipe, models.opened, parts, out, vocabulary, problems, notes)
     if problems:
         raise _refuse(recipe, problems)
     jobs = _repeat_tied(jobs, out)
-    config = _config_of(recipe, models.opened, parts, out, vocabulary, jobs, notes)
+    config = make_config(recipe, models.opened, parts, out, vocabulary, jobs, notes)
     return MergeJobs(
         models=tuple(model.model for model in models.opened),
         jobs=tuple(jobs),
         config=config,
-        side_files=_files_of(models.opened, out, vocabulary, template, recipe, notes),
+        side_files=choose_files(models.opened, out, vocabulary, template, notes),
         seed=recipe.seed,
         notes=tuple(dict.fromkeys(notes)),
         recipe=recipe.plain,
@@ -200,89 +197,6 @@ def _repeat_tied(jobs, out: Opened) -> list[TensorJob]:
         if all(job.name in order for job in jobs):
             jobs.sort(key=lambda job: order[job.name])
     return jobs
-
-
-def _config_of(recipe, models, parts, out, vocabulary, jobs, notes) -> dict[str, Any]:
-    """config.json of the output."""
-    config = dict(out.config)
-    dtype = recipe.out_dtype or recipe.dtype
-    found = {str(dtype) for dtype in {job.out_dtype for job in jobs} if dtype.kind not in "iub"}
-    stored = {str(dtype) for dtype in {info.dtype for info in out.tensors.values()} if dtype.kind not in "iub"}
-    if dtype is None and len(found) == 1:
-        dtype = next(iter(found))
-    for key in ("torch_dtype", "dtype"):
-        if key in config and dtype is not None:
-            config[key] = dtype
-    if found != stored:
-        notes.append(f"the result is stored in {', '.join(sorted(found))}, {out.label} in {', '.join(sorted(stored))}")
-    for module, each in parts.items():
-        stack = out.architecture.stacks[module]
-        depth = sum(part.num_layers for part in each)
-        if stack is None or depth == stack.num_layers:
-            continue
-        if stack.field is None:
-            notes.append(f"{module}: {depth} layers instead of {stack.num_layers}, and config.json does not count them")
-            continue
-        config = with_field(config, stack.field, depth)
-        config = _fit_layer_lists(config, stack, each, models, module)
-    if vocabulary is not None:
-        for field in VOCABULARY_FIELDS:
-            if get_field(config, field) is not None:
-                config = with_field(config, field, vocabulary.num_rows)
-        theirs = models[vocabulary.files_of].config
-        if theirs is not out.config:
-            config |= {key: value for key, value in theirs.items() if key.endswith("_token_id") and key in config}
-    heads = {name for name in out.ties if any(job.name == name for job in jobs) and name not in out.tensors}
-    tied = [model.label for model in models if model.ties]
-    if heads or (not out.ties and tied and find_table(out.tensors)):
-        notes.append(
-            f"tied embeddings: {', '.join(tied)} repeat the table in the head and others do not; the result has a head "
-            "of its own"
-        )
-    if heads:
-        config["tie_word_embeddings"] = False
-    return config
-
-
-def _fit_layer_lists(config, stack, each, models, module) -> dict[str, Any]:
-    """Lists in config.json with an entry a layer (kinds of attention), taken along with their layers."""
-    scope, _, _ = stack.field.rpartition(".")
-    own = get_field(config, scope) if scope else config
-    for key, value in list(own.items()):
-        if not isinstance(value, list) or len(value) != stack.num_layers or stack.num_layers < 2:
-            continue
-        taken = []
-        for part in each:
-            source = part.sources[part.base or 0]
-            theirs = get_field(models[source.index].config, f"{scope}.{key}" if scope else key)
-            if not isinstance(theirs, list):
-                break
-            taken += theirs[source.first_layer : source.first_layer + part.num_layers]
-        if len(taken) == sum(part.num_layers for part in each):
-            config = with_field(config, f"{scope}.{key}" if scope else key, taken)
-    return config
-
-
-def _files_of(models, out, vocabulary, template, recipe, notes) -> dict[str, Any]:
-    """Files beside the weights: the base's, its tokenizer perhaps another's or with other tokens."""
-    files = dict(out.side_files)
-    for name in list(files):
-        if name.endswith(".md") or name == "mergekit_config.yml":  # a card of its own is written
-            del files[name]
-    if vocabulary is not None:
-        donor = models[vocabulary.files_of]
-        files = {name: place for name, place in files.items() if name not in TOKENIZER_NAMES}
-        files |= write_tokenizer(donor.side_files, vocabulary.added, vocabulary.dropped)
-        if donor is not out and "generation_config.json" in donor.side_files:
-            files["generation_config.json"] = donor.side_files["generation_config.json"]
-        if vocabulary.added:
-            notes.append(f"tokenizer: {len(vocabulary.added)} tokens added to those of {donor.label}")
-    if template is not None:
-        if any(name in files for name in TOKENIZER_NAMES):
-            chat.put_template(files, template)
-        else:
-            notes.append("chat_template: there is no tokenizer that it could belong to; it is left out")
-    return files
 
 
 def _levels(recipe: Recipe) -> list[tuple[Mapping[str, Any], bool]]:

@@ -118,6 +118,7 @@ def plan_vocabulary(
     models: Sequence[Opened],
     index_of: Mapping[ModelReference, int],
     base: int,
+    involved: Sequence[int],
     problems: list[str],
 ) -> Vocabulary | None:
     """The vocabulary that a recipe asks for; None where it cannot be made, which `problems` then says.
@@ -127,6 +128,7 @@ def plan_vocabulary(
         models: All of the recipe.
         index_of: Model -> its index.
         base: Index of the base, or of the first model.
+        involved: Models that go into the result: a union holds their tokens, and not those of a model's former base.
     """
     notes: list[str] = []
     for model in models:
@@ -147,15 +149,15 @@ def plan_vocabulary(
         {token: row for token, row in (tokens if tokens is not None else known[base]).items() if row < size}
         for tokens, size in zip(known, sizes, strict=True)
     ]
-    for model, tokens in zip(models, known, strict=True):
-        if tokens is None:
-            notes.append(f"{model.label} has no tokenizer; its rows are taken for those of {models[base].label}")
+    for at in involved:
+        if known[at] is None:
+            notes.append(f"{models[at].label} has no tokenizer; its rows are taken for those of {models[base].label}")
     # A model that is named for its tokenizer keeps tokens beyond its rows, as mergekit has it; a base's are dropped.
     vocabulary = dict(used[base] if isinstance(block.source, str) else known[source])
     dropped = frozenset(known[source].keys() - vocabulary.keys())
     added: list[Mapping[str, Any]] = []
     if block.source == "union":
-        order = [base, *(at for at in range(len(models)) if at != base)]
+        order = [base, *(at for at in involved if at != base)]
         entries = {at: added_entries(models[at].side_files) for at in order}
         for is_added in (False, True):
             for at in order:
@@ -184,10 +186,12 @@ def plan_vocabulary(
             chosen[row] = _choose(token, said, models, index_of, used, sizes)
         except ValueError as error:
             problems.append(said.node.error(str(error)).args[0])
-    for at, model in enumerate(models):
+    for at in involved:
         lost = sizes[at] - len(np.unique(rows[at][rows[at] >= 0]))
         if lost:
-            notes.append(f"{model.label}: {lost} of {sizes[at]} rows stand for no token of the result and are left out")
+            notes.append(
+                f"{models[at].label}: {lost} of {sizes[at]} rows stand for no token of the result and are left out"
+            )
     return Vocabulary(
         tokens=vocabulary,
         num_rows=num_rows,
