@@ -10,7 +10,7 @@ from jaxtune.merge.masks import keep, sign_of
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between
 from jaxtune.merge.sparsify import within
-from jaxtune.merge.view import Combine, Elements, View, sum_wide
+from jaxtune.merge.view import Combine, Elements, View, dot_wide, sum_wide
 from jaxtune.types import Leaf
 
 SMALL = 1e-6  # sums of weights below it count as this much, as mergekit has it
@@ -63,12 +63,12 @@ def _count_varying(elements):
 def _select(elements, cut):
     if not cut:
         return list(elements.deltas)
-    selected = within(elements, _variance(elements), *cut)
+    selected = within(elements, _variance(elements), *cut, is_exact=False)
     return [keep(elements.xp, selected, delta) for delta in elements.deltas]
 
 
 def _sum_squares(elements, cut):
-    return elements.xp.stack([sum_wide(elements, delta**2) for delta in _select(elements, cut)])
+    return elements.xp.stack([dot_wide(elements, delta, delta) for delta in _select(elements, cut)])
 
 
 def _erase(elements, share, cut):

@@ -78,8 +78,20 @@ def _mask(elements, model, rule, numbers):
     return _mask_by_rank(elements, model, sizes, *numbers)
 
 
-def within(elements: Elements, sizes: Leaf, value: Any, last: Any) -> Leaf:
-    """`Rank.keeps` of a run, in one pass where all its equal ones are on the same side of the last that is kept."""
+def within(elements: Elements, sizes: Leaf, value: Any, last: Any, *, is_exact: bool = True) -> Leaf:
+    """`Rank.keeps` of a run, in one pass where all its equal ones are on the same side of the last that is kept.
+
+    Args:
+        elements: The run.
+        sizes: What is ranked.
+        value, last: The rank.
+        is_exact: Whether every compiler finds the same sizes, as it does a difference. It may join products and sums,
+            and the rank may have been found elsewhere; sizes then count as equal within a few roundings.
+    """
+    if elements.xp is not np and not is_exact:
+        slack = 8 * float(np.finfo(sizes.dtype).eps)
+        is_about = (sizes >= value * (1 - slack)) & (elements.index <= last)
+        return (sizes > value * (1 + slack)) | is_about
     if elements.xp is not np:
         return Rank(value, last).keeps(sizes, elements.index)
     equal = int(last) + 1 - int(elements.start)  # so many of the run's first elements are kept if equal
