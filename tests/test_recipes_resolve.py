@@ -328,6 +328,12 @@ def test_a_tied_head_that_is_stored_repeats_the_table(place, tmp_path):
     head, table = jobs["lm_head.weight"], jobs["model.embed_tokens.weight"]
     assert (head.sources, head.base, head.options) == (table.sources, table.base, table.options)
     assert len(jobs) == len(tensors)
+    assert resolve(read_recipe(recipe)).config["tie_word_embeddings"] is True
+    recipe["models"] = [{"model": str(model_folder(place, "llama", 2))}]  # has a head of its own
+    untied = resolve(read_recipe(recipe))
+    head = next(job for job in untied.jobs if job.name == "lm_head.weight")
+    assert (head.base.name, head.sources[0].name) == ("model.embed_tokens.weight", "lm_head.weight")
+    assert untied.config["tie_word_embeddings"] is False
 
 
 def test_a_model_in_the_hub_cache_is_found(llamas, tmp_path, monkeypatch):

@@ -282,3 +282,14 @@ def test_a_union_leaves_out_the_tokens_of_a_former_base(models, tmp_path):
     recipe = {"models": [entry], "merge_method": "ties", "base_model": str(models["base"]), "tokenizer_source": "union"}
     jobs = resolve(read_recipe(recipe))
     assert "old" not in tokens_of(jobs, tmp_path / "out").get_vocab()
+
+
+def test_as_many_rows_of_other_tokens_are_noted(tmp_path):
+    base = write_model(tmp_path / "base", WORDS)
+    same = write_model(tmp_path / "same", WORDS, seed=1)
+    other = write_model(tmp_path / "other", [*WORDS[:6], "y", "z"], seed=2)
+    recipe = {"models": [{"model": str(same)}], "merge_method": "ties", "base_model": str(base)}
+    assert not [note for note in resolve(read_recipe(recipe)).notes if "tokenizers" in note]
+    recipe["models"] = [{"model": str(other)}]
+    (note,) = [note for note in resolve(read_recipe(recipe)).notes if "tokenizers" in note]
+    assert f"differ in 2 rows, and rows are merged by number: row 6 is 'd' in {base} and 'y' in {other}" in note

@@ -1,8 +1,12 @@
 """What of two models' configs makes a merge impossible, and what a reader should know of."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from jaxtune.checkpoint.files import read_small
+from jaxtune.checkpoint.vocabulary import TOKENIZER_NAMES, read_tokens
+from jaxtune.errors import CheckpointError
 from jaxtune.recipes.opening import Opened
 
 # Fields that change what the same tensors compute, so that an average of them means nothing.
@@ -62,6 +66,38 @@ def compare_dtypes(out: Opened, others: Sequence[Opened]) -> list[str]:
     if len(set(found.values())) < 2:
         return []
     return ["stored dtypes differ: " + "; ".join(f"{label} {dtypes}" for label, dtypes in found.items())]
+
+
+def compare_tokens(out: Opened, others: Iterable[Opened]) -> list[str]:
+    """Notes on models with as many rows and other tokens, whose rows are merged by their number all the same."""
+    notes = []
+    for other in others:
+        files = [_tokenizer_of(model) for model in (out, other)]
+        if not out.rows or not other.rows or None in files or _is_same_file(*files):
+            continue
+        try:
+            ours, theirs = (read_tokens(model.side_files) or {} for model in (out, other))
+        except CheckpointError as error:
+            notes.append(f"tokenizers are not compared: {error}")
+            continue
+        words = {row: token for token, row in ours.items()}
+        odd = sorted((row, token) for token, row in theirs.items() if words.get(row, token) != token)
+        if odd:
+            row, token = odd[0]
+            notes.append(
+                f"tokenizers differ in {len(odd)} rows, and rows are merged by number: row {row} is {words[row]!r} in "
+                f"{out.label} and {token!r} in {other.label}. If that is not meant, write tokenizer_source: union"
+            )
+    return notes
+
+
+def _tokenizer_of(model):
+    place = next((model.side_files[name] for name in TOKENIZER_NAMES if name in model.side_files), None)
+    return place if isinstance(place, Path) else None
+
+
+def _is_same_file(first, second) -> bool:
+    return first.stat().st_size == second.stat().st_size and read_small(first) == read_small(second)
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

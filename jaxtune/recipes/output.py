@@ -61,7 +61,8 @@ def make_config(
         theirs = models[vocabulary.files_of].config
         if theirs is not out.config:
             config |= {key: value for key, value in theirs.items() if key.endswith("_token_id") and key in config}
-    heads = {name for name in out.ties if any(job.name == name for job in jobs) and name not in out.tensors}
+    by_name = {job.name: (job.sources, job.base) for job in jobs}
+    heads = [name for name, same in out.ties.items() if name in by_name and by_name[name] != by_name.get(same)]
     tied = [model.label for model in models if model.ties]
     if heads or (not out.ties and tied and find_table(out.tensors)):
         notes.append(

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtune.merge.post_steps import POST_STEPS
 from jaxtune.recipes import chat
-from jaxtune.recipes.compare import compare_configs, compare_dtypes
+from jaxtune.recipes.compare import compare_configs, compare_dtypes, compare_tokens
 from jaxtune.recipes.jobs import MergeJobs, Planned, Source, TensorJob
 from jaxtune.recipes.nodes import Node, RecipeError, did_you_mean
 from jaxtune.recipes.opening import Opened
@@ -60,7 +60,9 @@ def _resolve(recipe, made) -> MergeJobs:
     template, note = chat.choose_template(recipe, goes_in)
     notes += [note] if note else []
     vocabulary = None
-    if recipe.tokenizer is not None:
+    if recipe.tokenizer is None:
+        notes += compare_tokens(out, others)
+    else:
         index_of = models.plain_index()
         vocabulary = plan_vocabulary(recipe.tokenizer, models.opened, index_of, out_index, involved, problems)
         notes += vocabulary.notes if vocabulary else ()
