@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -139,3 +141,29 @@ def test_model_stock_by_rows():
     turned = [np.transpose(model) for model in models]
     found = merge("model_stock", turned, np.zeros((4, 4)), input_axis=0, filter_wise=True)
     np.testing.assert_allclose(found.T[:2], expected, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "models", "base", "options"),
+    [
+        ("slerp", [(1.0, 2)], (1.0, 2), {"t": 0.3}),
+        ("slerp", [(1.0, 2)], (0.0, 0), {"t": 0.3}),
+        ("nuslerp", [[(1.0, 0)] * 4, [(1.0, 0), (2, 0), (-1, 0), (0, 0)]], None, {"nuslerp_flatten": False}),
+        ("nuslerp", [(1.0, 0), (1.0, 0)], (1.0, 0), {}),
+        ("karcher", [(1.0, 0), (2.0, 0)], None, {}),
+        ("karcher", [(1.0, 0), (0.0, 0), (0, 1.0)], None, {}),
+        ("multislerp", [(1.0, 0), (2.0, 0), (3.0, 0)], (1.0, 0), {}),
+        ("model_stock", [(3.0, 3), (1, 3)], (2.0, 3), {}),
+        ("model_stock", [(3.0, 3), (1, 3)], (2.0, 3), {"filter_wise": True}),
+        ("model_stock", [(2.0, 3), (2, 3)], (2.0, 3), {}),
+    ],
+)
+def test_derivatives_are_finite_where_vectors_vanish_or_are_parallel(name, models, base, options):
+    def total(models, base):
+        base = None if base is None else {"leaf": base}
+        models = [{"leaf": model} for model in models]
+        return merge_trees(METHODS[name], models, base, input_axis=-1, **options)["leaf"].sum()
+
+    models = [jnp.asarray(model, jnp.float32) for model in models]
+    gradients = jax.grad(total)(models, None if base is None else jnp.asarray(base, jnp.float32))
+    assert all(np.isfinite(gradient).all() for gradient in gradients)

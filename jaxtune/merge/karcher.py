@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.merge.affine import combine_linearly, take
+from jaxtune.merge.angles import angle_of, root
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, View, gram
 from jaxtune.types import Leaf
@@ -35,14 +36,14 @@ def merge_karcher(view: View, *, max_iter: int = 10, tol: float = 1e-5) -> Combi
 
 def find_karcher_mean(xp: Any, products: Leaf, max_iter: int, tol: float) -> Leaf:
     """Coefficients of the models, from their inner products."""
-    lengths = xp.sqrt(xp.diagonal(products))
+    lengths = root(xp, xp.diagonal(products))
     is_long = lengths > tol
     inverse = xp.where(is_long, 1.0 / xp.where(is_long, lengths, 1.0), 0.0)
     units = products * inverse[:, None] * inverse[None, :]  # inner products of the directions
     share = is_long.astype(lengths.dtype) / xp.maximum(is_long.sum(), 1).astype(lengths.dtype)
 
     def length_of(coefficients):
-        return xp.sqrt(xp.maximum(coefficients @ units @ coefficients, 0.0))
+        return root(xp, coefficients @ units @ coefficients)
 
     def divide(coefficients, length):
         return coefficients / xp.where(length > 0, length, 1.0)
@@ -53,8 +54,8 @@ def find_karcher_mean(xp: Any, products: Leaf, max_iter: int, tol: float) -> Lea
 
     def step(_, state):
         mean, is_done = state
-        cosines = xp.clip(units @ mean, -1.0, 1.0)
-        angles = xp.arccos(cosines)
+        cosines = units @ mean
+        angles = angle_of(xp, cosines)
         is_pulling = (angles >= tol) & (xp.pi - angles >= tol) & is_long
         pull = xp.where(is_pulling, share * angles / xp.where(is_pulling, xp.sin(angles), 1.0), 0.0)
         tangent = pull - (pull * cosines).sum() * mean

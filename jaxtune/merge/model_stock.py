@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.merge.affine import combine_linearly
+from jaxtune.merge.angles import root
 from jaxtune.merge.method import Method, Unit
 from jaxtune.merge.view import Combine, Elements, View, gram
 from jaxtune.types import Leaf
@@ -38,7 +39,7 @@ def find_ratio(xp: Any, pairs: Sequence[tuple[Any, Any, Any]], count: int) -> An
     """t, from both squares and the product of every pair of task vectors; numbers or arrays of them."""
     cosine = 0.0
     for one, other, product in pairs:
-        cosine = cosine + xp.clip(product / xp.maximum(xp.sqrt(one) * xp.sqrt(other), SMALL), -1.0, 1.0)
+        cosine = cosine + xp.clip(product / xp.maximum(root(xp, one) * root(xp, other), SMALL), -1.0, 1.0)
     cosine = cosine / len(pairs)
     denominator = 1 + (count - 1) * cosine
     is_singular = xp.abs(denominator) < SMALL

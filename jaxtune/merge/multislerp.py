@@ -4,6 +4,7 @@ import numpy as np
 
 from jaxtune.errors import ConfigError
 from jaxtune.merge.affine import combine_linearly, take
+from jaxtune.merge.angles import root
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, View, gram
 
@@ -35,11 +36,11 @@ def merge_multislerp(
     total = sum(weight) if normalize_weights else 1.0
     share = xp.stack([xp.asarray(one / total) for one in weight])
     products = view.reduce(gram, of="deltas" if view.has_base else "models")
-    lengths = xp.sqrt(xp.diagonal(products))
+    lengths = root(xp, xp.diagonal(products))
     units = products / (lengths + eps)[:, None] / (lengths + eps)[None, :]  # inner products of the directions
 
     def length_of(coefficients):
-        return xp.sqrt(xp.maximum(coefficients @ units @ coefficients, 0.0))
+        return root(xp, coefficients @ units @ coefficients)
 
     distance = length_of(share)
     is_balanced = distance < eps

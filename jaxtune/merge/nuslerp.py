@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.merge.affine import combine_linearly, only_whole, take
+from jaxtune.merge.angles import root
 from jaxtune.merge.method import Method, Unit
 from jaxtune.merge.view import Combine, Elements, View, gram
 from jaxtune.types import Leaf
@@ -51,7 +52,7 @@ def merge_nuslerp(
 
 def find_coefficients(xp: Any, square_0: Any, square_1: Any, product: Any, t: Any) -> tuple[Any, Any]:
     """Coefficients of two vectors, from their inner products; numbers or arrays of them."""
-    lengths = xp.maximum(xp.sqrt(square_0), SHORT) * xp.maximum(xp.sqrt(square_1), SHORT)
+    lengths = xp.maximum(root(xp, square_0), SHORT) * xp.maximum(root(xp, square_1), SHORT)
     cosine = xp.clip(product / lengths, -1.0, 1.0)
     is_parallel = 1 - cosine * cosine <= PARALLEL
     angle = xp.arccos(xp.where(is_parallel, 0.0, cosine))

@@ -1,6 +1,7 @@
 """Interpolation along the great circle between two models."""
 
 from jaxtune.merge.affine import combine_linearly
+from jaxtune.merge.angles import root
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, View, gram
 
@@ -19,7 +20,7 @@ def merge_slerp(view: View, *, t: float) -> Combine:
         vectors, and the threshold, as mergekit has them.
     """
     xp, products = view.xp, view.reduce(gram, of="all")
-    lengths = [xp.sqrt(products[n, n]) for n in range(2)]
+    lengths = [root(xp, products[n, n]) for n in range(2)]
     first, second = (xp.where(length > SHORT, length, 1.0) for length in lengths)
     cosine = xp.clip(products[0, 1] / (first * second), -1.0, 1.0)
     is_straight = xp.abs(cosine) > PARALLEL
