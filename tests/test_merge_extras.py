@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtune.errors import ConfigError, TreeMismatchError
-from jaxtune.merge.arrays import RUN, merge_trees
+from jaxtune.merge.arrays import RUN, ArrayView, merge_trees
 from jaxtune.merge.registry import METHODS
 
 SHAPES = {"a": (6, 5), "b": (7,)}
@@ -89,6 +89,16 @@ def test_fishers_are_cut_in_runs_with_their_leaves():
     below = sum(f["a"] / np.linalg.norm(f["a"]) for f in fishers)
     merged = merge("fisher", models, fishers, floor=0.0)["a"]
     np.testing.assert_allclose(merged, above / below, rtol=1e-9)
+
+
+def test_a_run_carries_its_own_part_of_the_extras():
+    leaf = np.arange(2.0 * RUN)
+    view = ArrayView(["a"], [[leaf]], [None], unit="element", extras=[[leaf]])
+    assert view.extra_shapes == ((2 * RUN,),)
+    runs = list(view.runs(0))
+    assert len(runs) == 2
+    for run in runs:
+        np.testing.assert_array_equal(run.extras[0], run.models[0])
 
 
 def draw_regressions(seed=0, inputs=6, outputs=5):

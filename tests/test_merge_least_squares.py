@@ -113,6 +113,14 @@ def test_ace_equals_a_loop(lengths, centre):
     np.testing.assert_allclose(merge("ace", deltas, **options), expected, rtol=1e-6, atol=1e-9)
 
 
+def test_ace_takes_the_variance_of_a_sample():
+    deltas = [length * delta / np.linalg.norm(delta) for length, delta in zip((2.0, 2.0, 10.0), draw(), strict=True)]
+    logs = np.log([4.0, 4.0, 100.0])
+    assert logs.var() / logs.mean() ** 2 < 0.4 < logs.var(ddof=1) / logs.mean() ** 2 < 0.6
+    unlike = merge("ace", deltas, heterogeneity=0.4)
+    assert np.abs(unlike - merge("ace", deltas, heterogeneity=0.6)).max() > 1e-3
+
+
 def test_ace_by_adam_lowers_its_objective():
     deltas = draw()
 

@@ -51,6 +51,14 @@ def test_the_host_switches_to_an_svd_where_a_gram_matrix_would_lose_digits(shape
     np.testing.assert_allclose(polar(np, matrix), factor, atol=max(1e-8, 1e-15 * condition))
 
 
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_a_factor_from_a_gram_matrix_is_orthonormal(shape):
+    matrix, _ = draw_with_spectrum(np.geomspace(1, 1 / 5e4, 40), shape)
+    found = polar(np, matrix)
+    gram = found.T @ found if shape[0] > shape[1] else found @ found.T
+    np.testing.assert_allclose(gram, np.eye(40), atol=1e-11)  # 2e-7 before the last step
+
+
 def test_of_a_matrix_without_full_rank_the_partial_isometry_comes_out():
     matrix, factor = draw_with_spectrum(np.array([3.0, 2.0, 1.0]), (8, 6))
     np.testing.assert_allclose(polar(np, matrix), factor, atol=1e-14)

@@ -231,7 +231,7 @@ WUDI = Method(
     "least squares with covariances of the task vectors",
     "arXiv:2503.08099",
     unit="leaf",
-    presets={"fusionbench": {"solver": "iterative", "num_steps": 400}, "merge-and-rebase": {"ridge": 1e-8}},
+    presets={"fusionbench": {"solver": "iterative", "num_steps": 400}},
     check=_check,
 )
 ACE = Method(

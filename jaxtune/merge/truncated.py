@@ -105,6 +105,5 @@ CART = Method(
     unit="leaf",
     base="may",
     num_models=(1, None),
-    presets={"merge-and-rebase": {"rank_share": 0.5, "lambda": 0.5, "others": "base"}},
     check=_check_cart,
 )
