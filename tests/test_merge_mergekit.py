@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from jaxtune.merge.arrays import merge_trees
-from jaxtune.merge.random_bits import draw_uniform, make_stream
 from jaxtune.merge.registry import METHODS
 
 torch = pytest.importorskip("torch")
@@ -119,6 +118,14 @@ def test_a_method_gives_what_mergekit_gives(name, count, options, has_base, dtyp
         assert found[path].dtype == dtype
 
 
+def find_kept(name, base, models, model):
+    """Which elements of a model's task vector our draws keep."""
+    weight = tuple(float(k == model) for k in range(len(models)))
+    options = dict(weight=weight, density=0.6, rescale=False, normalize=False)
+    found = merge_trees(METHODS[name], models, base, input_axis=-1, seed=5, **options)
+    return {path: found[path] != base[path] for path in base}
+
+
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("name", RANDOM)
@@ -126,14 +133,11 @@ def test_a_random_method_gives_what_mergekit_gives_with_the_same_draws(name, nor
     base, models = draw(3, np.float64)
     base.pop("conv")  # della ranks those along another axis there
     models = [{path: model[path] for path in base} for model in models]
-    drawn = (
-        draw_uniform(np, make_stream(5, model, path), 0, leaf.shape)
-        for path, leaf in base.items()
-        for model in range(len(models))
-    )
+    kept = [find_kept(name, base, models, model) for model in range(3)]
+    drawn = (kept[model][path] for path in base for model in range(3))
 
     def bernoulli(odds):
-        return (torch.from_numpy(next(drawn)).reshape(odds.shape) < odds).to(odds.dtype)
+        return torch.from_numpy(next(drawn)).reshape(odds.shape).to(odds.dtype)
 
     monkeypatch.setattr(torch, "bernoulli", bernoulli)
     options = {"weight": (0.7, -0.2, 0.5), "density": 0.6, "lambda": 0.8, "normalize": normalize, "rescale": rescale}

@@ -128,7 +128,8 @@ def test_dare_keeps_its_rate_and_restores_the_norm():
 def test_draws_belong_to_seed_model_leaf_and_element():
     delta = np.ones(1000)
     kept = merge("dare_linear", [delta], density=0.5, rescale=False) != 0
-    np.testing.assert_array_equal(kept, draw_uniform(np, make_stream(0, 0, "leaf"), 0, (1000,)) < 0.5)
+    np.testing.assert_array_equal(merge("dare_linear", [delta[:700]], density=0.5, rescale=False) != 0, kept[:700])
+    np.testing.assert_array_equal(merge("dare_ties", [3 * delta], density=0.5, rescale=False) != 0, kept)
     both = merge("dare_linear", [delta, 10 * delta], density=0.5, rescale=False)
     np.testing.assert_array_equal(both % 10 != 0, kept)
     assert 400 < np.count_nonzero((both >= 10) == kept) < 600

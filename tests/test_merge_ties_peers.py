@@ -101,17 +101,16 @@ def test_peft(density, vote):
 def test_dare_of_peft_with_the_same_draws(name, monkeypatch):
     torch = pytest.importorskip("torch")
     peer = pytest.importorskip("peft.utils.merge_utils")
-    from jaxtune.merge.random_bits import draw_uniform, make_stream
-
     deltas, weight = draw(3), (0.7, -0.2, 0.5)
     base = {path: np.zeros_like(leaf) for path, leaf in deltas[0].items()}
-    found = merge_trees(METHODS[name], deltas, base, preset="peft", weight=weight, density=0.4, seed=3)
+    options = dict(preset="peft", density=0.4, seed=3)
+    found = merge_trees(METHODS[name], deltas, base, weight=weight, **options)
+    alone = [merge_trees(METHODS[name], deltas, base, weight=tuple(np.eye(3)[k].tolist()), **options) for k in range(3)]
     for path in SHAPES:
-        models = iter(range(3))
+        kept = (torch.from_numpy(tree[path] != 0) for tree in alone)
 
-        def bernoulli(odds, path=path, models=models):
-            uniform = draw_uniform(np, make_stream(3, next(models), path), 0, tuple(odds.shape))
-            return (torch.from_numpy(uniform) < odds).to(odds.dtype)
+        def bernoulli(odds, kept=kept):
+            return next(kept).to(odds.dtype)
 
         monkeypatch.setattr(torch, "bernoulli", bernoulli)
         tensors = [torch.from_numpy(tree[path]) for tree in deltas]
