@@ -1,7 +1,6 @@
 """From a recipe to a merged model on disk: planned, made, described and published, or taken up where it was killed."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -221,11 +220,10 @@ def _carry(jobs, run):
     """The jobs with every model made: those that were fine-tuned from another base, carried to this one."""
     if not any(isinstance(model, Transported) for model in jobs.models):
         return jobs
-    from jaxtune.recipes.carry import carry
+    from jaxtune.recipes.carry import carry_models
 
     with run.stage("transport"):
-        models = tuple(carry(model) if isinstance(model, Transported) else model for model in jobs.models)
-    return dataclasses.replace(jobs, models=models)
+        return carry_models(jobs)
 
 
 @contextlib.contextmanager

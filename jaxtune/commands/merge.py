@@ -7,8 +7,8 @@ import os
 import re
 from typing import Any
 
-from jaxtune.commands.options import refuse_output
-from jaxtune.errors import ConfigError
+from jaxtune.checkpoint import refuse_existing
+from jaxtune.errors import ConfigError, OutputError
 from jaxtune.merging import Planned, merge_recipe, plan_recipe
 from jaxtune.report.run import Run
 from jaxtune.report.table import count_bytes, render_table
@@ -26,7 +26,9 @@ def run(arguments) -> None:
         for one in plan_recipe(arguments.recipe, **limits):
             print(describe_plan(one))
         return
-    refuse_output(arguments.out, arguments.overwrite, [])
+    if arguments.out is None:
+        raise OutputError("--out DIR is missing: it says where the result goes.")
+    refuse_existing(arguments.out, overwrite=arguments.overwrite)
     keep_freed_memory()
     processes = ALONE
     if arguments.distributed or arguments.coordinator:

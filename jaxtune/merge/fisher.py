@@ -3,7 +3,7 @@
 from jaxtune.errors import ConfigError, TreeMismatchError
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between, check_choice
-from jaxtune.merge.view import Combine, Elements, View, sum_wide
+from jaxtune.merge.view import Combine, Elements, View, dot_wide
 from jaxtune.types import Leaf
 
 
@@ -56,7 +56,7 @@ def _sum_squares(elements: Elements) -> Leaf:
     xp, count = elements.xp, len(elements.models)
     if elements.extras is None:
         return xp.zeros(count, elements.dtype)
-    return xp.stack([sum_wide(elements, extra * extra) for extra in elements.extras])
+    return xp.stack([dot_wide(elements, extra, extra) for extra in elements.extras])
 
 
 def _average(elements: Elements, scaled: tuple, weight: tuple, floor: float, favor_target: bool) -> Leaf:

@@ -2,7 +2,7 @@
 
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_choice
-from jaxtune.merge.view import Combine, Elements, View, sum_wide
+from jaxtune.merge.view import Combine, Elements, View, dot_wide
 from jaxtune.merge.weighted import add_weighted
 from jaxtune.types import Leaf
 
@@ -20,7 +20,7 @@ def merge_metagpt(view: View, *, scope: str = "model", lambda_: float = 1.0) -> 
 
 
 def _squares(elements: Elements) -> Leaf:
-    return elements.xp.stack([sum_wide(elements, delta * delta) for delta in elements.deltas])
+    return elements.xp.stack([dot_wide(elements, delta, delta) for delta in elements.deltas])
 
 
 METAGPT = Method(

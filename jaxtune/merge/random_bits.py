@@ -61,6 +61,41 @@ def draw_uniform(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...]) ->
     return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
 
 
+def draw_below(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...], share: Any) -> Leaf:
+    """bool[shape]: true with probability `share`, at places `start`, `start + 1`, …
+
+    One word stands for two places. Its halves are compared with the share's first 16 bits; where they are equal, once in
+    65,536, a word of the place's own decides by the next 16. So words cost half, and the share is exact to 32 bits.
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    scaled = xp.asarray(share) * 2.0**16
+    coarse = xp.floor(scaled)
+    fine = xp.floor((scaled - coarse) * 2.0**16).astype(np.uint32)
+    coarse, own = coarse.astype(np.uint32), Stream(stream.high, stream.low)
+    if xp is not np:
+        return _draw_below_traced(xp, stream, own, start, size, coarse, fine).reshape(shape)
+    first = int(start) % 2
+    words = draw_bits(np, stream, int(start) // 2, ((first + size + 1) // 2,))
+    halves = words.astype("<u4", copy=False).view("<u2")[first : first + size]
+    if coarse > 0xFFFF:
+        return np.ones(shape, np.bool_)
+    below = halves < np.uint16(coarse)
+    for place in np.flatnonzero(halves == np.uint16(coarse)):
+        below[place] = draw_bits(np, own, int(start) + int(place), (1,))[0] >> np.uint32(16) < fine
+    return below.reshape(shape)
+
+
+def _draw_below_traced(xp, stream, own, start, size, coarse, fine):
+    from jax import lax
+
+    start = xp.asarray(start)
+    words = draw_bits(xp, stream, start // 2, ((size + 2) // 2,))
+    halves = xp.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(-1)
+    halves = lax.dynamic_slice(halves, ((start % 2).astype(np.int32),), (size,))
+    again = draw_bits(xp, own, start, (size,)) >> 16
+    return (halves < coarse) | ((halves == coarse) & (again < fine))
+
+
 def _mix(xp, words):
     """triple32: every bit in decides every bit out with a probability within 0.02 % of one half."""
     if xp is np:

@@ -52,7 +52,7 @@ def merge_sce(view: View, *, select_topk: float = 1.0, int8_mask: bool = False, 
 def _variance(elements: Elements) -> Leaf:
     first, count = elements.models[0], len(elements.models)
     apart = [model - first for model in elements.models[1:]]
-    mean = sum(apart) / count if apart else elements.xp.zeros_like(first)
+    mean = sum(apart[1:], apart[0]) / count if apart else elements.xp.zeros_like(first)
     return sum([(one - mean) ** 2 for one in apart], mean**2) / count
 
 

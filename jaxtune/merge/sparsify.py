@@ -67,7 +67,7 @@ def sparse_delta(elements: Elements, model: int, rule: Rule, numbers: tuple) -> 
 
 def _mask(elements, model, rule, numbers):
     if rule == "random":
-        return elements.uniform(model) < numbers[0]
+        return elements.below(model, numbers[0])
     sizes = elements.xp.abs(elements.deltas[model])
     if rule == "at_least":
         return sizes >= numbers[0]
