@@ -2,6 +2,8 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -131,3 +133,35 @@ def is_half(wide, dtype):
     below = np.abs(np.nextafter(narrow, dtype(-np.inf)).astype(np.float64) - narrow.astype(np.float64))
     apart = np.abs(wide - narrow.astype(np.float64))
     return np.minimum(np.abs(apart - spacing / 2), np.abs(apart - below / 2)) < 1e-14 * np.abs(wide)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "values"),
+    [
+        ("wise_ft", "alpha", (0.0, 0.3, 1.0)),
+        ("slerp", "t", (0.0, 0.3, 1.0)),
+        ("nearswap", "t", (0.0, 1e-7, 0.3)),
+        ("linear", "weight", (0.3, 1.0)),
+        ("nuslerp", "weight", (0.3, 1.0)),
+        ("multislerp", "weight", (0.3, 1.0)),
+        ("passthrough", "scale", (0.3, 1.0)),
+        ("ema", "decay", (0.0, 0.3, 1.0)),
+        *(
+            (name, "lambda", (0.0, 0.3, 1.0))
+            for name in ("task_arithmetic", "ties", "dare_ties", "della", "breadcrumbs")
+        ),
+        *((name, "weight", (0.3, 1.0)) for name in ("task_arithmetic", "ties", "dare_linear", "della_linear")),
+        ("dare_linear", "density", (0.3, 0.5)),
+        ("ram", "epsilon", (0.01, 0.1)),
+    ],
+)
+def test_a_grid_of_values_is_one_vmap(name, option, values):
+    base, models = draw(METHODS[name].num_models[1] or 2, np.float32)
+    merge_one = jax.jit(jax.vmap(lambda value: merge(name, to_jax(models), to_jax(base), **{option: value})))
+    for value, found in zip(values, merge_one(jnp.asarray(values, jnp.float32)), strict=True):
+        expected = merge(name, to_jax(models), to_jax(base), **{option: value})
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6, err_msg=str(value))
+
+
+def to_jax(arrays):
+    return jax.tree.map(jnp.asarray, arrays)

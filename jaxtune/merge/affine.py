@@ -1,5 +1,6 @@
 """Linear combinations of models and base, whatever found the coefficients."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,11 @@ def take(place: int) -> Combine:
 def is_known(number: Any, value: float) -> bool:
     """Whether a coefficient is this very number; of one that is traced by JAX, nothing is known."""
     return isinstance(number, (int, float, np.generic, np.ndarray)) and bool(number == value)
+
+
+def sum_exactly(weight: Sequence[Any]) -> Any:
+    """A sum that is the same in any order, unless JAX traces it."""
+    return math.fsum(weight) if all(isinstance(one, (int, float)) for one in weight) else sum(weight)
 
 
 def _are_options(numbers: Sequence[Any]) -> bool:

@@ -1,10 +1,8 @@
 """Weighted averages of models."""
 
-import math
-
 import numpy as np
 
-from jaxtune.merge.affine import combine_linearly
+from jaxtune.merge.affine import combine_linearly, is_known, sum_exactly
 from jaxtune.merge.method import Method
 from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
@@ -19,8 +17,8 @@ def merge_linear(view: View, *, weight: tuple[float, ...] = 1.0, normalize: bool
     Reference:
         Wortsman et al. 2022, arXiv:2203.05482 (uniform weights); Utans 1996.
     """
-    total = math.fsum(weight) if normalize else 1.0
-    return Combine(_divide_by_zero, (weight,)) if total == 0 else combine_linearly(weight, total=total)
+    total = sum_exactly(weight) if normalize else 1.0
+    return Combine(_divide_by_zero, (weight,)) if is_known(total, 0.0) else combine_linearly(weight, total=total)
 
 
 def _divide_by_zero(elements: Elements, weight: tuple) -> Leaf:

@@ -1,12 +1,11 @@
 """Sums of cut task vectors, weighted; and with signs elected first, so that only those that agree are summed."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxtune.merge.affine import is_known, only_whole, take
+from jaxtune.merge.affine import is_known, only_whole, sum_exactly, take
 from jaxtune.merge.masks import sign_of
 from jaxtune.merge.sparsify import Cut, sparse_delta
 from jaxtune.merge.view import Combine, Elements, View, sum_wide
@@ -32,11 +31,6 @@ def sum_of_weights(weight: Sequence[Any]) -> Any:
     """`Σ w_k`, or 1 where that is zero and dividing by it would make no sense."""
     total = sum_exactly(weight)
     return 1.0 if isinstance(total, (int, float)) and abs(total) < ZERO_SUM else total
-
-
-def sum_exactly(weight: Sequence[Any]) -> Any:
-    """A sum that is the same in any order, unless JAX traces it."""
-    return math.fsum(weight) if all(isinstance(one, (int, float)) for one in weight) else sum(weight)
 
 
 def _in_order(keys):

@@ -1,8 +1,8 @@
 """Sums of task vectors, as they are: addition, negation and analogies."""
 
-from jaxtune.merge.affine import combine_linearly
+from jaxtune.merge.affine import combine_linearly, sum_exactly
 from jaxtune.merge.method import Method
-from jaxtune.merge.sparse_sum import sum_exactly, sum_of_weights
+from jaxtune.merge.sparse_sum import sum_of_weights
 from jaxtune.merge.view import Combine, View
 
 
