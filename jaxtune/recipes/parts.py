@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.recipes.carry import check_transport
 from jaxtune.recipes.nodes import Node, RecipeError, did_you_mean
 from jaxtune.recipes.opening import Opened, open_reference, transported
 from jaxtune.recipes.parameters import Parameters
@@ -97,6 +96,8 @@ class Models:
 
 
 def _transported(step, model, base, onto):
+    from jaxtune.recipes.carry import check_transport  # with it come our networks, and JAX
+
     opened = transported(model, base, onto, step.method, step.options)
     try:
         check_transport(opened.model)
