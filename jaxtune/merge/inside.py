@@ -75,7 +75,8 @@ def merge_inside(
     bases = [None if method.base == "none" else base]
     view = _InnerView([leaf_name], [blocks], bases, unit=method.unit_of(options), input_axis=input_axis)
     view.streams = elements.streams
-    return view.fold_back(0, method.prepare(view, options)(view.whole(0)))
+    # The view computes in float64 where it can; around it goes on what came in.
+    return view.fold_back(0, method.prepare(view, options)(view.whole(0))).astype(blocks[0].dtype)
 
 
 def _find(name):

@@ -5,6 +5,7 @@ from jaxtune.merge.options import check_between, check_choice
 from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
 
+NOTHING = 1e-5  # a score of the last entry that counts is zero, but for its rounding
 CLAMP = 1e-4  # share of the smallest and of the largest magnitudes that are moved to the next one
 
 
@@ -28,7 +29,8 @@ def merge_pcb(
     Reference:
         Du et al. 2024, arXiv:2410.02396. Differs: where fewer than `ratio` of the scores are
         positive, the quantile is taken as 0 (no negative score enters), and so is a quantile below the first entry (the
-        release has the least value there, and divides 0 by 0 where all magnitudes are equal).
+        release has the least value there, and divides 0 by 0 where all magnitudes are equal); scores up to 1e-5 are
+        zero, where the release has 1e-12 and rounding decides whether the last entry moves.
     """
     size, constants = view.size, {"interaction": interaction}
 
@@ -76,6 +78,7 @@ def _add_balanced(elements: Elements, ends: tuple, spans: tuple, scale: float, i
     above, below = xp.zeros_like(elements.base), xp.zeros_like(elements.base)
     for task, delta in enumerate(elements.deltas):
         score = _to_unit(xp, _score(elements, ends, task, interaction), *spans[task])
+        score = xp.where(score > NOTHING, score, 0.0)
         above = above + xp.sign(delta) * xp.clip(xp.abs(delta), *ends[task]) * score
         below = below + score
     return elements.base + above / xp.maximum(below, 1e-12) * scale

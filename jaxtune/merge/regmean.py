@@ -66,7 +66,7 @@ def _solve(elements: Elements, weight: tuple, off_diagonal: float, ridge: float,
         above, below = above + multiply(xp, matrix, gram), below + gram
         mean = mean + matrix / count
     size = xp.trace(below) / len(below)
-    pull = xp.where(size > 0, size, 1.0) * max(ridge, LEAST_RIDGE[below.dtype.itemsize])
+    pull = xp.where(size > 0, size, 1.0) * xp.maximum(ridge, LEAST_RIDGE[below.dtype.itemsize])
     merged = divide_matrix(xp, above + pull * mean, below + pull * xp.eye(len(below), dtype=below.dtype))
     return (merged.T if input_axis % 2 == 0 else merged).astype(elements.dtype)
 
