@@ -110,11 +110,12 @@ def _mask_by_rank(elements, model, sizes, density, epsilon):
     Sorting values is several times faster than ranking them, and equal values share the odds of their middle rank.
     """
     xp, length = elements.xp, sizes.shape[1]
-    uniform = elements.uniform(model)
     if length == 1:
-        return uniform < density
-    place = (uniform - (density - epsilon)) * ((length - 1) / (2 * epsilon))
-    rank = xp.clip(xp.floor(place + 0.5), 0, length - 1)
+        return elements.uniform(model) < density
+    place = elements.uniform(model)
+    place -= density - epsilon
+    place *= (length - 1) / (2 * epsilon)
+    rank = xp.clip(xp.rint(place), 0, length - 1)
     value = _take_in_rows(xp, xp.sort(sizes, axis=1), rank)
     return (sizes > value) | ((sizes == value) & (place < rank))
 
@@ -123,8 +124,9 @@ def _take_in_rows(xp, values, place):
     """`take_along_axis`, by places in the flattened array: NumPy has that several times as fast."""
     if xp is not np:
         return xp.take_along_axis(values, place.astype(np.int32), axis=1)
-    start = np.arange(0, values.size, values.shape[1])[:, None]
-    return values.reshape(-1).take(place.astype(np.intp) + start, mode="clip")
+    place = place.astype(np.intp)
+    place += np.arange(0, values.size, values.shape[1])[:, None]
+    return values.reshape(-1).take(place, mode="clip")
 
 
 def find_gains(view: View, cuts: Sequence[Cut], density: Sequence[Any], rescale: bool | str) -> tuple[Any, ...]:
