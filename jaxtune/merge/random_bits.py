@@ -64,8 +64,8 @@ def draw_uniform(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...]) ->
 def draw_below(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...], share: Any) -> Leaf:
     """bool[shape]: true with probability `share`, at places `start`, `start + 1`, …
 
-    One word stands for two places. Its halves are compared with the share's first 16 bits; where they are equal, once in
-    65,536, a word of the place's own decides by the next 16. So words cost half, and the share is exact to 32 bits.
+    One word stands for two places. Its halves are compared with the share's first 16 bits; where they are equal, once
+    in 65,536, a word of the place's own decides by the next 16. So words cost half, and the share is exact to 32 bits.
     """
     size = int(np.prod(shape, dtype=np.int64))
     scaled = xp.asarray(share) * 2.0**16
