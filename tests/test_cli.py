@@ -18,8 +18,10 @@ from safetensors import safe_open
 import jaxtune as jt
 from jaxtune import symmetry, tree
 from jaxtune.cli import main, prepare_process
+from jaxtune.commands import transport_plan
 from jaxtune.models import mlp, registry, vit
 from jaxtune.symmetry import canonical
+from jaxtune.transport.registry import METHODS
 
 CONFIG = vit.Config(
     image_size=8, patch_size=4, width=16, depth=2, num_heads=2, mlp_width=24, num_outputs=10, channels=1
@@ -172,6 +174,10 @@ def test_a_plan_reads_and_writes_nothing(models, run, tmp_path):
     assert code == 0
     assert "peak memory" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_knows_the_memory_of_every_method():
+    assert transport_plan.COPIES.keys() == METHODS.keys()
 
 
 @pytest.mark.parametrize("method", ["full", "transfusion"])

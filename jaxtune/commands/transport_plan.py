@@ -7,8 +7,9 @@ from jaxtune.symmetry.canonical import canonical_spec
 from jaxtune.tree import count_parameters, flatten
 
 RUNTIME_BYTES = 500 * 2**20  # Python, JAX and its compiler before any weight is loaded
-# Copies of the weights in float32 that a method and its evidence hold at the peak; measured at 25 M weights.
-COPIES = {"identity": 14, "orthogonal_shift": 14, "permutation": 14, "transfusion": 14, "full": 19}
+# Copies of the weights in float32 that a method and its evidence hold at the peak: those of benchmarks/plan.py and a
+# tenth to a third more.
+COPIES = {"identity": 8, "orthogonal_shift": 8, "permutation": 11, "transfusion": 11, "full": 16, "auto": 19}
 # The same where leaves are read one at a time: copies of the largest leaf in float32 (folded and moved, or with noise,
 # there are more of it), float32 tables of the largest group, and float64 tables of a stream that is turned.
 LEAVES, FOLDED_LEAVES, TABLES, ROTATIONS = 6, 8, 6, 16
@@ -32,7 +33,7 @@ def describe_plan(models, method, config) -> str:
         peak = RUNTIME_BYTES + needed
     else:
         working = 4 * count_parameters(target.params)
-        peak = RUNTIME_BYTES + sum(stored.values()) + COPIES.get(method, COPIES["full"]) * working
+        peak = RUNTIME_BYTES + sum(stored.values()) + COPIES[method] * working
         how = "whole networks in memory"
     rows = [
         {"what": "family", "value": names.get("model_type") or names.get("architecture", "")},
