@@ -16,7 +16,7 @@ from jaxtune.checkpoint import output, safetensors
 from jaxtune.checkpoint.files import open_regular
 from jaxtune.checkpoint.formats import CONFIG_NAME, INDEX_NAME
 from jaxtune.checkpoint.manifest import write_manifest
-from jaxtune.checkpoint.publish import check_space, publish
+from jaxtune.checkpoint.publish import check_space, explain_full_disk, publish
 from jaxtune.checkpoint.resume import digest_of, keep_work, work_folder
 from jaxtune.errors import ConfigError
 from jaxtune.recipes.jobs import MergeJobs, Transported
@@ -161,7 +161,8 @@ def _make(planned, place, work, run, *, overwrite, merge_span, processes):
     def advance(num_bytes):
         done[0] += num_bytes
 
-    with run.stage("merge", lambda: f"{100 * done[0] // total} %"):
+    watched = run.stage("merge", lambda: f"{100 * done[0] // total} %")
+    with watched, explain_full_disk(place, planned.files.num_bytes):
         merged = run_merge(jobs, planned.files, work, advance=advance, **how)
     if not processes.is_first:
         processes.wait_for("published")

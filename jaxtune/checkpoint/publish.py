@@ -48,7 +48,7 @@ def publish(
     staging, former = (out.parent / f".jaxtune-{token}.{end}" for end in ("tmp", "old"))
     made: list[Path] = []
     try:
-        with _full_disk_explained(out, num_bytes):
+        with explain_full_disk(out, num_bytes):
             _make_staging(out, staging, made)
             yield staging
             seal_manifest(staging)
@@ -213,8 +213,12 @@ def _nearest_folder(out):
 
 
 @contextlib.contextmanager
-def _full_disk_explained(out, num_bytes):
-    """Turns the errors of a full disk into one that says what is needed and what is free."""
+def explain_full_disk(out: Path, num_bytes: int) -> Iterator[None]:
+    """Turns the errors of a full disk into one that says what is needed and what is free.
+
+    Raises:
+        OutputError: in their place.
+    """
     try:
         yield
     except OSError as error:
