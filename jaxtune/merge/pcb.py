@@ -23,7 +23,7 @@ def merge_pcb(
         ratio: Share of a task's entries that have a score.
         lambda_: Scale; 1.2 in the paper's vision experiments.
         interaction: "sum" is `tanh(τ_t ⊙ Σ τ)`, as pcb-merging, the authors' release, has it; "pairwise" is
-            `Σ_k tanh(τ_t ⊙ τ_k)`, as the paper writes it. merge-and-rebase has a third, with `n_k` for `|τ_k|` in the sum.
+            `Σ_k tanh(τ_t ⊙ τ_k)`, as the paper writes it. merge-and-rebase has a third, with n for |τ| in the sum.
         scope: Whether quantiles and ends are those of the whole "model", as there, or of each "leaf".
 
     Reference:
