@@ -328,3 +328,35 @@ def test_refusals_name_everything_at_once(tmp_path):
     write_model(tmp_path / "a", 1, width=32)
     with pytest.raises(JaxtuneError, match="shapes differ in 18 tensors"):
         plan_recipe(write_recipe(tmp_path, names=("a",)))
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_data_beside_the_weights_comes_from_files(method, tmp_path):
+    write_case(tmp_path, dtype=np.float32)
+    draw, recipe = np.random.default_rng(5), yaml.safe_load(write_recipe(tmp_path, method, base=None).read_text())
+    extras = []
+    for entry in recipe["models"]:
+        tensors = flatten(checkpoint.load(entry["model"]).params)
+        if method == "fisher":
+            data = {name: draw.random(leaf.shape, np.float32) for name, leaf in tensors.items() if "norm" not in name}
+        else:
+            inputs = {
+                name: draw.standard_normal((100, leaf.shape[1])) for name, leaf in tensors.items() if leaf.ndim > 1
+            }
+            data = {name: (x.T @ x).astype(np.float32) for name, x in inputs.items()}
+        entry["data"] = entry["model"] + "-data"
+        checkpoint.save(entry["data"], data, config={}, format="safetensors")
+        extras.append(data)
+    path = tmp_path / "with_data.yml"
+    path.write_text(yaml.safe_dump(recipe))
+    merge_recipe(path, tmp_path / "out")
+    from jaxtune.merge.arrays import merge_trees
+    from jaxtune.merge.registry import METHODS
+
+    trees = [checkpoint.load(entry["model"]).params for entry in recipe["models"]]
+    expected = flatten(merge_trees(METHODS[method], trees, extras=extras, input_axis=-1))
+    for name, leaf in flatten(checkpoint.load(tmp_path / "out").params).items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+    del recipe["models"][0]["data"]
+    with pytest.raises(JaxtuneError, match=r"needs .*: name a file as 'data' beside"):
+        plan_recipe(recipe)

@@ -45,6 +45,8 @@ class Source:
         filler: Values of rows that no row of this tensor gives: float32[num such rows, ...], in their order. A recipe
             leaves it out; `fills.fill_rows` makes it of `fills` once weights may be read.
         fills: One rule for every row that is -1; "own_mean" comes last.
+        data: Array of what the method needs beside this tensor (its Fisher, its Gram), mapped from its file; None where
+            there is none.
     """
 
     model: int
@@ -52,6 +54,7 @@ class Source:
     rows: np.ndarray | None = None
     filler: np.ndarray | None = None
     fills: tuple[Fill, ...] = ()
+    data: Any = None
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,12 @@ def _parse_list(node, parse):
 def _parse_model(node: Node) -> Entry:
     if not isinstance(node.value, dict):
         raise node.error("expected 'model: PATH', with 'parameters' if there are any.")
-    node.check_keys(("model", "parameters", "transport"))
+    node.check_keys(("model", "parameters", "transport", "data"))
     return _entry(node, None)
 
 
 def _parse_source(node: Node) -> Entry:
-    node.check_keys(("model", "parameters", "transport", "layer_range"))
+    node.check_keys(("model", "parameters", "transport", "data", "layer_range"))
     layers = node.get("layer_range")
     if layers is None:
         raise node.error("layer_range is missing: [first, end], end not included.")
@@ -95,12 +95,13 @@ def _parse_source(node: Node) -> Entry:
 def _entry(node, layer_range):
     if node.get("model") is None:
         raise node.error("'model' is missing: a path, or PATH+LORA.")
-    transport = node.get("transport")
+    transport, data = node.get("transport"), node.get("data")
     return Entry(
         model=parse_reference(node.get("model")),
         parameters=parse_parameters(node.get("parameters")),
         layer_range=layer_range,
         transport=_parse_transport(transport) if transport else None,
+        data=data.expect(str, "a path") if data else None,
         node=node,
     )
 

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtune import checkpoint
 from jaxtune.errors import JaxtuneError
 from jaxtune.recipes.nodes import Node, RecipeError, did_you_mean
 from jaxtune.recipes.opening import Opened, open_reference, transported
 from jaxtune.recipes.parameters import Parameters
-from jaxtune.recipes.references import ModelReference
+from jaxtune.recipes.references import ModelReference, find_folder
 from jaxtune.recipes.schema import Entry, Recipe
+from jaxtune.tree import flatten
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class PartSource:
         index: In `Models.opened`.
         first_layer: Layer of this model that becomes the first of the part.
         parameters: The strongest level of its own.
+        data: What the method needs beside weights, name of a tensor -> array; None where the entry names none.
     """
 
     index: int
     first_layer: int
     parameters: Parameters
     node: Node
+    data: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Models:
         self.errors: list[str] = []
         self._folder, self._made = folder, made
         self._index: dict[Any, int | None] = {}
+        self._data: dict[str, Mapping[str, Any]] = {}
 
     def open(self, reference: ModelReference, node: Node) -> int | None:
         """Index of a model; None where it cannot be opened, which `errors` then says."""
@@ -79,6 +84,16 @@ class Models:
         model, base, onto = (self.opened[part] for part in parts)
         key = (entry.model, step.base, target, step.method, repr(sorted(step.options.items())))
         return self._remember(key, lambda: _transported(step, model, base, onto))
+
+    def open_data(self, entry: Entry) -> Mapping[str, Any] | None:
+        """An entry's data; None where it names none, or where it cannot be read, which `errors` then says."""
+        if entry.data is not None and entry.data not in self._data:
+            try:
+                place = find_folder(entry.data, None, entry.node.value["data"], self._folder)
+                self._data[entry.data] = flatten(checkpoint.load(place, config={}).params)
+            except JaxtuneError as error:
+                self.errors.append(str(error))
+        return self._data.get(entry.data)
 
     def plain_index(self) -> dict[ModelReference, int]:
         """Model, as a recipe names it -> its index; of a model that is carried over, its own tensors' index."""
@@ -118,6 +133,7 @@ def open_models(recipe: Recipe, made: Mapping[str, Any] | None = None) -> Models
         models.open(base, recipe.node.value["base_model"])
     for entry, target in _entries(recipe):
         models.open_entry(entry, target)
+        models.open_data(entry)
     if recipe.tokenizer is not None and isinstance(recipe.tokenizer.source, ModelReference):
         models.open(recipe.tokenizer.source, recipe.tokenizer.node)
     if models.errors:
@@ -170,7 +186,7 @@ def find_parts(recipe: Recipe, models: Models, out: Opened, problems: list[str])
 def _whole(recipe, models, module, entries, levels, node, problems) -> Part:
     """All layers of whole models; a base that is not among them goes last."""
     target = recipe.base_model
-    sources = [PartSource(models.open_entry(entry, target), 0, entry.parameters, entry.node) for entry in entries]
+    sources = [_source(models, entry, target, 0) for entry in entries]
     base = None
     if target is not None:
         index = models.open(target, recipe.node)
@@ -189,11 +205,16 @@ def _whole(recipe, models, module, entries, levels, node, problems) -> Part:
     return _check(Part(tuple(sources), base, depth, ({}, *levels), node), models, problems)
 
 
+def _source(models, entry, target, first_layer) -> PartSource:
+    index, data = models.open_entry(entry, target), models.open_data(entry)
+    return PartSource(index, first_layer, entry.parameters, entry.node, data)
+
+
 def _slice(recipe, models, module, one, levels, problems) -> Part:
     target = one.base_model or recipe.base_model
     sources = []
     for entry in one.sources:
-        source = PartSource(models.open_entry(entry, target), entry.layer_range[0], entry.parameters, entry.node)
+        source = _source(models, entry, target, entry.layer_range[0])
         sources.append(source)
         depth = _num_layers(models, source, module)
         if entry.layer_range[1] > depth:

@@ -1,7 +1,7 @@
 """Recipes of merges as frozen records: mergekit's own schema, and what is added to it.
 
-Added: `transport` of a model (fine-tuned from another base, carried over first), `post` (steps behind the method),
-`seed`, `preset` (conventions of a peer), `evaluate` (kept for the evaluation), `out_path`.
+Added: `transport` of a model (fine-tuned from another base, carried over first) and its `data` (Fishers, Grams), `post`
+(steps behind the method), `seed`, `preset` (conventions of a peer), `evaluate` (kept for the evaluation), `out_path`.
 """
 
 from collections.abc import Mapping
@@ -40,6 +40,7 @@ class Entry:
         parameters: Of this model alone.
         layer_range: First layer, and the one behind the last; None of whole models.
         transport: None where it was fine-tuned from the recipe's own base.
+        data: File of what the method needs beside weights (Fishers, Grams), by the names of the model's tensors.
         node: Where it stands.
     """
 
@@ -47,6 +48,7 @@ class Entry:
     parameters: Parameters
     layer_range: tuple[int, int] | None
     transport: Transport | None
+    data: str | None
     node: Node
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxtune.merge.registry import METHODS
 from jaxtune.recipes.architecture import Place
 from jaxtune.recipes.jobs import Source, TensorJob
 from jaxtune.recipes.opening import Opened
@@ -214,6 +215,8 @@ def make_job(
     out_dtype = dtype or promote(dtypes)
     if recipe.out_dtype is not None:
         out_dtype = DTYPES[recipe.out_dtype]
+    if METHODS[recipe.merge_method].data != "none":
+        sources = _with_data(recipe, wanted, part, models, sources, problems)
     values = options.at(wanted.name, [wanted.names[k] for k in options.sources], wanted.t)
     job = TensorJob(
         name=wanted.name,
@@ -234,6 +237,23 @@ def make_job(
     if job.method == "passthrough" and _is_copy(job, dtypes):
         return replace(job, method="copy", options={})
     return job
+
+
+def _with_data(recipe, wanted, part, models, sources, problems):
+    """The sources with what the method needs beside them, where every model has it for this tensor."""
+    needed = METHODS[recipe.merge_method].data
+    lacking = [models[one.index].label for one in part.sources if one.data is None]
+    if lacking:
+        problems.append(f"{recipe.merge_method!r} needs {needed}: name a file as 'data' beside {', '.join(lacking)}")
+        return sources
+    found = [one.data.get(name) for one, name in zip(part.sources, wanted.names, strict=True)]
+    lacking = [models[one.index].label for one, data in zip(part.sources, found, strict=True) if data is None]
+    if len(lacking) == len(found):
+        return sources
+    if lacking:
+        problems.append(f"{wanted.name}: no {needed} in the data of {', '.join(lacking)}, and the others have some")
+        return sources
+    return [replace(source, data=data) for source, data in zip(sources, found, strict=True)]
 
 
 def promote(dtypes: Sequence[np.dtype]) -> np.dtype:

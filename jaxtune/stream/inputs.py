@@ -26,7 +26,10 @@ class Inputs:
         """Readers of what a job is made from."""
         base = None if job.base is None else self.open_tensor(job, job.base)
         models = [self.open_tensor(job, source) for source in job.sources]
-        return StoredLeaf(job.name, models, base, unit=METHODS[job.method].unit_of(job.options), seed=self._seed)
+        data = [source.data for source in job.sources]
+        extras = None if any(one is None for one in data) else data
+        unit = METHODS[job.method].unit_of(job.options)
+        return StoredLeaf(job.name, models, base, unit=unit, seed=self._seed, extras=extras)
 
     def open_tensor(self, job: TensorJob, source: Source) -> TensorReader:
         """The reader of one of them."""

@@ -23,14 +23,24 @@ class StoredLeaf:
         base: That of the base, or None.
         unit: As `Method.unit`.
         seed: Of random bits.
+        extras: What the method needs beside each model, or None.
     """
 
     def __init__(
-        self, name: str, models: Sequence[TensorReader], base: TensorReader | None, *, unit: str, seed: int = 0
+        self,
+        name: str,
+        models: Sequence[TensorReader],
+        base: TensorReader | None,
+        *,
+        unit: str,
+        seed: int = 0,
+        extras: Sequence[np.ndarray] | None = None,
     ):
         self.name, self.models, self.base, self.unit, self.seed = name, tuple(models), base, unit, seed
         self.readers = (*self.models, *(() if base is None else (base,)))
         self.num_models, self.has_base = len(self.models), base is not None
+        self.extra_shape = None if extras is None else tuple(extras[0].shape)
+        self._extras = extras
         self.shape, self.size = self.models[0].shape, self.models[0].size
         self.dtype = functools.reduce(np.promote_types, [compute_dtype(reader.dtype) for reader in self.readers])
         self.streams = tuple(make_stream(seed, model, name) for model in range(len(self.models)))
@@ -49,12 +59,20 @@ class StoredLeaf:
             base=None if self.base is None else read(self.base),
             start=start + low,
             streams=self.streams,
+            extras=self._read_extras(low, high, shape),
         )
 
     def release(self) -> None:
         """Forgets what was read as a whole."""
         for reader in self.readers:
             reader.release()
+
+    def _read_extras(self, low, high, shape):
+        if self._extras is None:
+            return None
+        if self.unit == "leaf":  # of any shape
+            return tuple(np.asarray(extra, self.dtype) for extra in self._extras)
+        return tuple(np.asarray(extra.reshape(-1)[low:high], self.dtype).reshape(shape) for extra in self._extras)
 
 
 class SteppedLeaf:
@@ -67,7 +85,7 @@ class SteppedLeaf:
         unit: As the step has it.
     """
 
-    num_models, has_base = 1, True
+    num_models, has_base, extra_shape = 1, True, None
 
     def __init__(self, before: "StoredLeaf | SteppedLeaf", combine: Combine, base: TensorReader, *, unit: str):
         self.name, self.shape, self.size, self.unit = before.name, before.shape, before.size, unit

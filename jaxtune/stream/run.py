@@ -178,7 +178,8 @@ class _Engine:
 
     def _merge(self, job, leaf, combine, start, low, high, left):
         out = np.empty(high - low, self._writer.dtype_of(job.name))
-        if not self._merge_span(leaf, combine, start, low, high, out):
+        merge_span = self._merge_span if leaf.extra_shape is None else merge_on_host  # devices take weights alone
+        if not merge_span(leaf, combine, start, low, high, out):
             raise _non_finite(self._jobs, job, leaf, low, high)
         self._writer.write(job.name, low, out)
         self._advance(out.nbytes)

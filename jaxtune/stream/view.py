@@ -26,6 +26,7 @@ class StreamView(View):
         first = leaves[0]
         self.name, self.num_models, self.has_base = first.name, first.num_models, first.has_base
         self.seed = first.seed
+        self.extra_shapes = tuple(leaf.extra_shape for leaf in leaves)
         self.shape = first.shape if len(leaves) == 1 else (sum(leaf.size for leaf in leaves),)
         self.input_axis, self.xp, self._map = -1, np, map_groups
         self._leaves = tuple(leaves)
