@@ -5,13 +5,14 @@
 Writes three synthetic Llama-like decoders in bfloat16 into FOLDER (old base, a fine-tune, and the old base moved by a
 random element with 10 % noise), 3.1 GB each by default, and runs `jaxtune transport` on them in a process of its own.
 
-Measured 2026-11-21 on two CPU cores shared with other work, jax 0.10.2, 1.54 billion weights:
+Measured 2026-11-21 on two CPU cores shared with other work, jax 0.10.2:
 
-    method        stored, each   peak of the process   seconds   exact block by block   residual, in place and found
-    permutation       2.87 GiB              1.72 GiB       491                    yes                  1.26, 0.092
+    method        weights        stored, each   --plan says   peak of the process   seconds   exact   residual, found
+    permutation   1.54 billion       2.87 GiB       2.7 GiB              1.72 GiB       491     yes             0.092
+    full          0.84 billion       1.55 GiB       1.8 GiB              1.22 GiB      1138     yes             0.100
 
-`--plan` says 2.7 GiB at most; a network in float32 alone would be 5.7 GiB. Method full folds whole networks and is not
-read leaf by leaf yet.
+full: --width 1024 --depth 68 --heads 16 --mlp 2816 --method full, at low priority with half a core of the two.
+A network of either size would be 5.7 and 3.1 GiB in float32 alone.
 """
 
 import argparse
