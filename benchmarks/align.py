@@ -10,16 +10,15 @@ over the runtime with JAX started, first of all, then over that with both networ
 Measured 2026-11-21 on two CPU cores, jax 0.10.2, numpy 2.4.6, float32; seconds and MiB:
 
     row                      first   warm  sweeps  over bare  over loaded  recovered  plain loop, 2 sweeps
-    planted/weights           4.8    4.2       1        897          240      100 %                 10.63
-    planted/transfusion       5.7    4.1       2        934          277      100 %                 25.11
-    planted/full             19.9   17.8       2       1034          377      100 %
-    independent/weights       7.2    6.6       1        895          238                            22.38
-    independent/transfusion  19.5   16.6      11        995          338                            26.22
-    independent/full         75.4   73.9      12       1025          368
+    planted/weights           4.9    3.9       1        865          207      100 %                 10.59
+    planted/transfusion       5.7    4.4       2        909          251      100 %                 25.26
+    planted/full             16.4   14.7       2       1024          366      100 %                 15.33
+    independent/weights       6.1    5.5       1        862          205                            22.44
+    independent/transfusion  22.3   19.2      11        931          273                            26.37
+    independent/full         61.3   59.8      12       1017          360                            22.22
 
-The plain loops were stopped after two sweeps, before their end. Both networks are 658 MiB of the first column of
-memory. independent/full varies with what else the machine does: 69 to 75 s were seen on one day, in 107 s of
-processor time.
+The plain loops were stopped after two sweeps, before their end; that of full is the dense solver on the host. Both
+networks are 658 MiB of the first column of memory. independent/full varies with what else the machine does.
 """
 
 import argparse
