@@ -14,7 +14,8 @@ def search(values, count, length=1000, group=3):
     def values_of(some):
         return ((low, values[low:high]) for low, high in some)
 
-    return order.find_rank(values_of, groups, map, len(values), count)
+    (rank,) = order.find_ranks(values_of, groups, map, len(values), [count])
+    return rank
 
 
 def draw(kind, size, seed):
@@ -49,3 +50,14 @@ def test_one_value_has_a_rank():
     values = np.array([0.5], np.float32)
     assert search(values, 1).keeps(values, np.arange(1)).all()
     assert not search(values, 0).keeps(values, np.arange(1)).any()
+
+
+@pytest.mark.parametrize("kind", ["normal", "quantised", "two scales"])
+def test_ranks_that_share_their_passes_are_those_of_each(kind):
+    values = draw(kind, 20_000, seed=2)
+    counts = [0, 200, 4000, 4200, 19_999, 20_000]
+    runs = [(low, min(low + 1000, len(values))) for low in range(0, len(values), 1000)]
+    ranks = order.find_ranks(lambda some: ((a, values[a:b]) for a, b in some), [runs], map, len(values), counts)
+    for rank, count in zip(ranks, counts, strict=True):
+        expected = search(values, count).keeps(values, np.arange(len(values)))
+        np.testing.assert_array_equal(rank.keeps(values, np.arange(len(values))), expected)

@@ -62,11 +62,14 @@ class ArrayView(View):
         columns = stacked.reshape(len(parts), -1).T
         return np.array([math.fsum(column) for column in columns]).reshape(stacked.shape[1:])
 
-    def rank_from_top(self, function: Callable[..., Leaf], count: Any, *numbers: Any, **constants: Any) -> Rank:
+    def rank_from_top(self, function: Callable[..., Leaf], count: Any, *numbers: Any, **constants: Any) -> Any:
         """As `View.rank_from_top`."""
         runs = [self.whole(leaf) for leaf in range(len(self._leaves))]
         values = [function(run, *weaken(numbers, run), **constants).reshape(-1) for run in runs]
-        return rank_values(self.xp, self.xp.concatenate(values), count)
+        values = self.xp.concatenate(values)
+        if isinstance(count, tuple):
+            return tuple(rank_values(self.xp, values, one) for one in count)
+        return rank_values(self.xp, values, count)
 
     def whole(self, leaf: int) -> Elements:
         """All elements of one leaf as one run."""

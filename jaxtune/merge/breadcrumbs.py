@@ -66,8 +66,7 @@ def _cut_band(view, model, density, gamma):
     gone = min(math.floor(gamma * view.size), view.size - kept)
     if gone == 0 or kept == 0:
         return cut_top(view, model, kept)
-    lower = view.rank_from_top(magnitude, gone + kept, model=model)
-    upper = view.rank_from_top(magnitude, gone, model=model)
+    lower, upper = view.rank_from_top(magnitude, (gone + kept, gone), model=model)
     return Cut("band", (lower.value, lower.last, upper.value, upper.last))
 
 

@@ -5,9 +5,11 @@ the bit.
 
 Reference:
     The mixing function is `triple32` of C. Wellons' hash-prospector, a bijection of 32-bit integers found by search for
-    the least bias; counter-based generators: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    the least bias: every bit in decides every bit out with a probability within 0.02 % of one half. Counter-based
+    generators: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +38,11 @@ def make_stream(seed: int, model: int, name: str) -> Stream:
 
 
 def draw_bits(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...]) -> Leaf:
-    """uint32[shape]: the words of the stream at places `start`, `start + 1`, …"""
+    """uint32[shape]: the words of the stream at places `start`, `start + 1`, …
+
+    A word is its place plus the first key, mixed; the second key comes in between two steps of the mixing, so that
+    streams whose first keys are near are no shifts of each other.
+    """
     size = int(np.prod(shape, dtype=np.int64))
     if xp is np:
         start = int(start)
@@ -44,15 +50,13 @@ def draw_bits(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...]) -> Le
             first = (1 << 32) - (start & 0xFFFFFFFF)
             parts = [draw_bits(xp, stream, start, (first,)), draw_bits(xp, stream, start + first, (size - first,))]
             return np.concatenate(parts).reshape(shape)
-        low, high = np.uint32(start & 0xFFFFFFFF), np.uint32(start >> 32)
-    else:
-        start = xp.asarray(start)
-        low, high = start.astype(np.uint32), (start >> 32 if start.dtype.itemsize == 8 else start * 0).astype(np.uint32)
-    with np.errstate(over="ignore"):
-        words = xp.arange(size, dtype=np.uint32) + low
-        # Two rounds: the second key keeps two streams whose first keys are near from being shifts of each other.
-        words = _mix(xp, words ^ stream.low) ^ (stream.high + high * np.uint32(0x9E3779B9))
-        return _mix(xp, words).reshape(shape)
+        with np.errstate(over="ignore"):
+            first = np.uint32(start & 0xFFFFFFFF) + stream.low
+            words = _count_to(size) + first
+            return _mix_in_place(words, stream.high + np.uint32(start >> 32) * BLOCK_STEP).reshape(shape)
+    start = xp.asarray(start)
+    low, high = start.astype(np.uint32), (start >> 32 if start.dtype.itemsize == 8 else start * 0).astype(np.uint32)
+    return _mix(xp.arange(size, dtype=np.uint32) + (low + stream.low), stream.high + high * BLOCK_STEP).reshape(shape)
 
 
 def draw_uniform(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...]) -> Leaf:
@@ -96,19 +100,20 @@ def _draw_below_traced(xp, stream, own, start, size, coarse, fine):
     return (halves < coarse) | ((halves == coarse) & (again < fine))
 
 
-def _mix(xp, words):
-    """triple32: every bit in decides every bit out with a probability within 0.02 % of one half."""
-    if xp is np:
-        return _mix_in_place(words)
-    for shift, factor in _STEPS:
+def _mix(words, key):
+    """triple32, with a key before its second step."""
+    for step, (shift, factor) in enumerate(STEPS):
+        words = words ^ key if step == 1 else words
         words = (words ^ (words >> np.uint32(shift))) * np.uint32(factor)
     return words ^ (words >> np.uint32(14))
 
 
-def _mix_in_place(words):
+def _mix_in_place(words, key):
     """The same in the memory of `words`: twice as fast."""
     shifted = np.empty_like(words)
-    for shift, factor in _STEPS:
+    for step, (shift, factor) in enumerate(STEPS):
+        if step == 1:
+            words ^= key
         np.right_shift(words, np.uint32(shift), out=shifted)
         words ^= shifted
         words *= np.uint32(factor)
@@ -117,4 +122,11 @@ def _mix_in_place(words):
     return words
 
 
-_STEPS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+@functools.lru_cache(maxsize=8)
+def _count_to(size):
+    """0, 1, …: the same for every run of a length."""
+    return np.arange(size, dtype=np.uint32)
+
+
+STEPS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+BLOCK_STEP = np.uint32(0x9E3779B9)  # between the keys of a leaf's parts of 2^32 elements

@@ -10,7 +10,7 @@ from jaxtune.merge.masks import keep, sign_of
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between
 from jaxtune.merge.sparsify import within
-from jaxtune.merge.view import Combine, Elements, View, dot_wide, sum_wide
+from jaxtune.merge.view import Combine, Elements, View, dot_wide
 from jaxtune.types import Leaf
 
 SMALL = 1e-6  # sums of weights below it count as this much, as mergekit has it
@@ -51,13 +51,20 @@ def merge_sce(view: View, *, select_topk: float = 1.0, int8_mask: bool = False, 
 
 def _variance(elements: Elements) -> Leaf:
     first, count = elements.models[0], len(elements.models)
+    if count == 2:
+        half = (elements.models[1] - first) / 2
+        return half * half
     apart = [model - first for model in elements.models[1:]]
     mean = sum(apart[1:], apart[0]) / count if apart else elements.xp.zeros_like(first)
     return sum([(one - mean) ** 2 for one in apart], mean**2) / count
 
 
 def _count_varying(elements):
-    return sum_wide(elements, (_variance(elements) != 0).astype(elements.dtype))
+    xp, first = elements.xp, elements.models[0]
+    varies = xp.zeros(first.shape, bool)
+    for model in elements.models[1:]:
+        varies = varies | (model != first)
+    return xp.count_nonzero(varies)
 
 
 def _select(elements, cut):

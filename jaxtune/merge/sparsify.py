@@ -67,7 +67,9 @@ def sparse_delta(elements: Elements, model: int, rule: Rule, numbers: tuple) -> 
 
 def _mask(elements, model, rule, numbers):
     if rule == "random":
-        return elements.below(model, numbers[0])
+        return elements.remember((rule, model), lambda: elements.below(model, numbers[0]))
+    if rule == "ranked":
+        return elements.remember((rule, model), lambda: _mask_by_rank(elements, model, *numbers))
     sizes = elements.xp.abs(elements.deltas[model])
     if rule == "at_least":
         return sizes >= numbers[0]
@@ -75,7 +77,7 @@ def _mask(elements, model, rule, numbers):
         return within(elements, sizes, *numbers)
     if rule == "band":
         return within(elements, sizes, *numbers[:2]) & ~within(elements, sizes, *numbers[2:])
-    return _mask_by_rank(elements, model, sizes, *numbers)
+    raise AssertionError(rule)
 
 
 def within(elements: Elements, sizes: Leaf, value: Any, last: Any, *, is_exact: bool = True) -> Leaf:
@@ -103,13 +105,15 @@ def within(elements: Elements, sizes: Leaf, value: Any, last: Any, *, is_exact: 
     return kept
 
 
-def _mask_by_rank(elements, model, sizes, density, epsilon):
+def _mask_by_rank(elements, model, density, epsilon):
     """Odds from `density - epsilon` for the smallest of a row, in equal steps, to `density + epsilon` for the largest.
 
     A uniform number says which rank an element must exceed; the value that has that rank in the sorted row decides.
     Sorting values is several times faster than ranking them, and equal values share the odds of their middle rank.
     """
-    xp, length = elements.xp, sizes.shape[1]
+    xp = elements.xp
+    sizes = xp.abs(elements.deltas[model])
+    length = sizes.shape[1]
     if length == 1:
         return elements.uniform(model) < density
     place = elements.uniform(model)

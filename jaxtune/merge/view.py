@@ -50,6 +50,7 @@ class Elements:
         start: Place of the first of them in the flattened leaf (of a view of many leaves: in all of them), an integer.
         streams: One stream of random bits a model.
         extras: What the method needs beside weights (`Method.data`), one array a model; None: this leaf has none.
+        memo: Where `remember` keeps the masks of this run; None: nowhere.
 
     Shapes:
         models[k], base: [num_elements] for a method of unit "element"; [num_rows, row_length] for "row"; the leaf's own
@@ -63,6 +64,7 @@ class Elements:
     start: Any
     streams: tuple[Stream, ...]
     extras: Sequence[Leaf] | None = None
+    memo: Any = None
 
     @functools.cached_property
     def deltas(self) -> Sequence[Leaf]:
@@ -76,6 +78,22 @@ class Elements:
     def below(self, model: int, share: Any) -> Leaf:
         """True with probability `share`: random bits of one model, as `uniform` has them, at half the cost."""
         return draw_below(self.xp, self.streams[model], self.start, self.models[model].shape, share)
+
+    def remember(self, key: Any, make: Callable[[], Leaf]) -> Leaf:
+        """A mask that a method needs in more than one pass over a leaf: made once where there is room to keep its bits.
+
+        Args:
+            key: Of the mask, among those of this leaf.
+            make: Makes it: bool, one an element.
+        """
+        if self.memo is None:
+            return make()
+        if key in self.memo:
+            bits, shape = self.memo[key]
+            return np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape)
+        mask = make()
+        self.memo[key] = np.packbits(mask.reshape(-1)), mask.shape
+        return mask
 
     @property
     def dtype(self) -> Any:
@@ -165,10 +183,13 @@ class View(ABC):
         """
 
     @abstractmethod
-    def rank_from_top(self, function: Callable[..., Leaf], count: Any, *numbers: Any, **constants: Any) -> Rank:
+    def rank_from_top(self, function: Callable[..., Leaf], count: Any, *numbers: Any, **constants: Any) -> Any:
         """The `count` largest of `function(elements, *numbers, **constants)`, one value >= 0 an element.
 
         Equal values count in the order of their place, so that exactly `count` are within the rank; with 0 none is.
+
+        Returns:
+            A `Rank`; of a tuple of counts a tuple of them, for the price of one.
         """
 
 

@@ -36,7 +36,8 @@ class DeviceMerge:
         devices = jax.local_devices() if devices is None else devices
         mesh = jax.make_mesh((len(devices),), ("x",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
         self._along, self._whole = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
-        self._run, self._num_devices = run, len(devices)
+        self.span = self._run = run
+        self._num_devices = len(devices)
         self._lock = threading.Lock()  # one program at a time keeps all devices busy
 
     def __call__(self, leaf: Leaf, combine: Combine, start: int, low: int, high: int, out: np.ndarray) -> bool:

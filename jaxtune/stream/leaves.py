@@ -11,6 +11,7 @@ from jaxtune.merge.random_bits import make_stream
 from jaxtune.merge.view import Combine, Elements, MadeOnUse
 from jaxtune.stream.tensors import TensorReader
 
+MOST_REMEMBERED = 1 << 28  # bits of masks a leaf
 GRAINS = ("element", "row", "leaf")  # from the finest: what can be merged by itself
 
 
@@ -45,6 +46,8 @@ class StoredLeaf:
         self.dtype = functools.reduce(np.promote_types, [compute_dtype(reader.dtype) for reader in self.readers])
         self.streams = tuple(make_stream(seed, model, name) for model in range(len(self.models)))
         self.grain, self.row_length = unit, _row_length(self.shape, unit)
+        # Masks that a method needs in two passes, a bit each.
+        self._memos = {} if self.size * self.num_models <= MOST_REMEMBERED else None
 
     def elements(self, low: int, high: int, *, start: int = 0) -> Elements:
         """Elements `low` to `high`, whole rows where the unit has them; each model is read when it is asked for."""
@@ -60,12 +63,14 @@ class StoredLeaf:
             start=start + low,
             streams=self.streams,
             extras=self._read_extras(low, high, shape),
+            memo=None if self._memos is None else self._memos.setdefault((low, high), {}),
         )
 
     def release(self) -> None:
         """Forgets what was read as a whole."""
         for reader in self.readers:
             reader.release()
+        self._memos = None
 
     def _read_extras(self, low, high, shape):
         if self._extras is None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune.checkpoint.rounding import round_to_stored
 from jaxtune.errors import NonFiniteError, TreeMismatchError
+from jaxtune.merge.arrays import RUN
 from jaxtune.merge.options import check_options
 from jaxtune.merge.post_steps import POST_STEPS, Place
 from jaxtune.merge.registry import METHODS
@@ -27,7 +28,7 @@ from jaxtune.stream.values import is_finite, narrow_into
 from jaxtune.stream.view import StreamView
 from jaxtune.stream.writer import Writer, check_finished, record_finished
 
-BLOCK = 1 << 17  # elements that are merged in one go: a few arrays of them fit into a core's cache
+BLOCK = RUN  # elements that are merged in one go: a few arrays of them fit into a core's cache
 SPAN = 1 << 20  # elements of one task, and of one write
 
 # (leaf, combine, place of the leaf's first element, low, high, out) -> whether all is finite; fills `out`.
@@ -156,7 +157,8 @@ class _Engine:
                 yield from self._copies(job)
             return
         for job, leaf, combine, start in self._prepare(some):
-            spans = [span for span in split(leaf, SPAN) if self._share.has(job, span[0])]
+            length = getattr(self._merge_span, "span", SPAN)
+            spans = [span for span in split(leaf, length) if self._share.has(job, span[0])]
             left = itertools.count(len(spans) - 1, -1)
             for low, high in spans:
                 yield functools.partial(self._merge, job, leaf, combine, start, low, high, left)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from jaxtune.merge.arrays import RUN
-from jaxtune.merge.view import Rank, View, weaken
+from jaxtune.merge.view import View, weaken
 from jaxtune.stream.leaves import Leaf, split
-from jaxtune.stream.order import find_rank
+from jaxtune.stream.order import find_ranks
 
 GROUP = 16  # runs that one task of a pool takes: a thread pool costs microseconds a task
 
@@ -44,14 +44,16 @@ class StreamView(View):
         columns = stacked.reshape(len(stacked), -1).T
         return np.array([math.fsum(column) for column in columns]).reshape(stacked.shape[1:])
 
-    def rank_from_top(self, function: Callable[..., Any], count: Any, *numbers: Any, **constants: Any) -> Rank:
+    def rank_from_top(self, function: Callable[..., Any], count: Any, *numbers: Any, **constants: Any) -> Any:
         """As `View.rank_from_top`."""
 
         def values_of(group):
             for run in self._read(group):
                 yield run.start, function(run, *weaken(numbers, run), **constants).reshape(-1)
 
-        return find_rank(values_of, self._groups(), self._map, self.size, int(count))
+        counts = [int(one) for one in count] if isinstance(count, tuple) else [int(count)]
+        ranks = find_ranks(values_of, self._groups(), self._map, self.size, counts)
+        return ranks if isinstance(count, tuple) else ranks[0]
 
     def _groups(self):
         """Runs as (leaf, low, high), some of them together."""
