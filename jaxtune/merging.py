@@ -19,11 +19,13 @@ from jaxtune.checkpoint.manifest import write_manifest
 from jaxtune.checkpoint.publish import check_space, explain_full_disk, publish
 from jaxtune.checkpoint.resume import digest_of, keep_work, work_folder
 from jaxtune.errors import ConfigError
+from jaxtune.recipes.chain import references_of
 from jaxtune.recipes.jobs import MergeJobs, Transported
 from jaxtune.recipes.reading import read_recipes
+from jaxtune.recipes.references import find_folder
 from jaxtune.recipes.resolve import plan_result, resolve
 from jaxtune.recipes.schema import Recipe
-from jaxtune.report.merging import describe_card, describe_merge, describe_model
+from jaxtune.report.merging import describe_adapter, describe_card, describe_merge, describe_model
 from jaxtune.report.run import Run, own_memory, to_json
 from jaxtune.stream.files import OutputFiles, lay_out
 from jaxtune.stream.plan import MergePlan, plan_merge
@@ -134,7 +136,7 @@ def merge_recipe(
     run = run or Run("merge")
     with run.stage("plan"):
         planned = plan_recipe(source, **limits)
-        inputs = [Path(model.path) for one in planned for model in one.jobs.models if _is_stored(model)]
+        inputs = [place for one in planned for place in _folders_of(one)]
         checkpoint.refuse_existing(out, overwrite=overwrite, inputs=inputs)
         check_space(out, sum(one.plan.write_bytes for one in planned))
     key = digest_of(_identity(planned))
@@ -168,7 +170,8 @@ def _make(planned, place, work, run, *, overwrite, merge_span, processes):
         processes.wait_for("published")
         return {}
     with run.stage("checksums"):
-        inputs = [describe_model(model) for model in jobs.models]
+        inputs = [describe_model(model) for model in _stored_models(planned)]
+        inputs += [describe_adapter(folder) for folder in _adapters_of(planned.recipe)]
     report = describe_merge(jobs, planned.plan, merged.crc32, inputs)
     with run.stage("publish"), publish(place, overwrite=overwrite) as folder:
         _write_weights(planned, merged, folder)
@@ -239,13 +242,29 @@ def _shared_work(out, key, processes):
 
 def _identity(planned):
     """Everything that decides the bytes of the result: recipes, versions, and which files the models are."""
-    files = []
-    for one in planned:
-        for model in one.jobs.models:
-            for stored in getattr(model, "finetuned", model), getattr(model, "base", None):
-                if isinstance(stored, checkpoint.Checkpoint):
-                    files += [_identity_of(place) for place in _places_of(stored)]
+    places = [place for one in planned for model in _stored_models(one) for place in _places_of(model)]
+    places += [place for one in planned for folder in _adapters_of(one.recipe) for place in sorted(folder.iterdir())]
+    files = [_identity_of(place) for place in places]
     return {"recipes": [one.jobs.recipe for one in planned], "files": files, "version": __version__}
+
+
+def _stored_models(planned):
+    """Every checkpoint that a merge reads; of a model that is carried over, itself and both bases."""
+    models = {}
+    for model in planned.jobs.models:
+        parts = (model.finetuned, model.base, model.target) if isinstance(model, Transported) else (model,)
+        models |= {one.path: one for one in parts if isinstance(one, checkpoint.Checkpoint)}
+    return list(models.values())
+
+
+def _adapters_of(recipe):
+    """Folders of the adapters that a recipe names."""
+    adapters = [one for one in references_of(recipe) if one.lora is not None]
+    return [find_folder(one.lora, one.lora_revision, recipe.node, recipe.folder) for one in adapters]
+
+
+def _folders_of(planned):
+    return [Path(model.path) for model in _stored_models(planned)] + _adapters_of(planned.recipe)
 
 
 def _places_of(model):
@@ -259,7 +278,3 @@ def _identity_of(place):
     except OSError:
         return [str(place)]
     return [str(place), state.st_size, state.st_mtime_ns]
-
-
-def _is_stored(model):
-    return isinstance(model, checkpoint.Checkpoint)

@@ -4,6 +4,7 @@ import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -26,11 +27,20 @@ def describe_model(model: Checkpoint) -> dict[str, Any]:
     else:
         root = model.path if model.path.is_dir() else model.path.parent
         places = {file.name: root / file.name for file in model.layout.files}
+    return {"path": str(model.path), "format": model.format, "files": _checksums(places)}
+
+
+def describe_adapter(folder: Path) -> dict[str, Any]:
+    """The same of an adapter's folder."""
+    places = {place.name: place for place in folder.iterdir() if place.suffix in (".safetensors", ".json")}
+    return {"path": str(folder), "format": "peft", "files": _checksums(places)}
+
+
+def _checksums(places):
     with ThreadPoolExecutor(count_cores()) as pool:
-        files = {
+        return {
             name: f"{crc32_of_file(place, pool.map):08x}" for name, place in sorted(places.items()) if place.is_file()
         }
-    return {"path": str(model.path), "format": model.format, "files": files}
 
 
 def describe_merge(
