@@ -28,6 +28,7 @@ from jaxtune.recipes.schema import Recipe
 from jaxtune.report.merging import describe_adapter, describe_card, describe_merge, describe_model
 from jaxtune.report.run import Run, own_memory, to_json
 from jaxtune.stream.files import OutputFiles, lay_out
+from jaxtune.stream.forks import Counters
 from jaxtune.stream.plan import MergePlan, plan_merge
 from jaxtune.stream.processes import ALONE, Processes
 from jaxtune.stream.run import MergeSpan, run_merge
@@ -158,14 +159,10 @@ def _make(planned, place, work, run, *, overwrite, merge_span, processes):
     """One merge, from its jobs to its folder."""
     jobs = _carry(planned.jobs, run)
     how = {"num_workers": planned.plan.num_workers, "merge_span": merge_span, "processes": processes}
-    done, total = [0], max(planned.files.num_bytes, 1)
-
-    def advance(num_bytes):
-        done[0] += num_bytes
-
-    watched = run.stage("merge", lambda: f"{100 * done[0] // total} %")
+    written, total = Counters(planned.plan.num_workers), max(planned.files.num_bytes, 1)
+    watched = run.stage("merge", lambda: f"{100 * written.total() // total} %")
     with watched, explain_full_disk(place, planned.files.num_bytes):
-        merged = run_merge(jobs, planned.files, work, advance=advance, **how)
+        merged = run_merge(jobs, planned.files, work, written=written, **how)
     if not processes.is_first:
         processes.wait_for("published")
         return {}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_stream_run import assert_equal, count_of, expect, make_jobs, merge, write_models
 
-from jaxtune.stream import run
+from jaxtune.stream import engine
 from jaxtune.stream.device import DeviceMerge
 
 CASES = [
@@ -36,8 +36,8 @@ names = [f"{name}-{'-'.join(map(str, options.values()))}" for name, options in C
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=names)
 def test_files_give_the_bits_of_arrays(name, options, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "BLOCK", 100)
-    monkeypatch.setattr(run, "SPAN", 700)
+    monkeypatch.setattr(engine, "BLOCK", 100)
+    monkeypatch.setattr(engine, "SPAN", 700)
     models = write_models(tmp_path, count_of(name), dtype)
     found = merge(make_jobs(name, models, seed=3, **options), tmp_path / "work", num_workers=3)
     assert_equal(found, expect(name, models, seed=3, **options))

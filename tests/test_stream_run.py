@@ -11,7 +11,7 @@ from jaxtune.merge.method import REQUIRED
 from jaxtune.merge.options import check_options
 from jaxtune.merge.registry import METHODS
 from jaxtune.recipes.jobs import MergeJobs, Source, TensorJob
-from jaxtune.stream import run
+from jaxtune.stream import engine, run
 from jaxtune.stream.device import DeviceMerge
 from jaxtune.stream.files import lay_out
 from jaxtune.tree import flatten
@@ -83,8 +83,8 @@ def assert_equal(found, expected):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Blocks and spans that cut every tensor of these tests."""
-    monkeypatch.setattr(run, "BLOCK", 100)
-    monkeypatch.setattr(run, "SPAN", 700)
+    monkeypatch.setattr(engine, "BLOCK", 100)
+    monkeypatch.setattr(engine, "SPAN", 700)
 
 
 DATALESS = [name for name, method in METHODS.items() if method.data == "none"]

@@ -18,7 +18,7 @@ def render_card(
     Args:
         name: Of the model.
         recipe: Text of the recipe.
-        inputs: One a model: `path`, and `files`, name -> checksum.
+        inputs: One a model: `path`, and `files`, name -> `bytes`, `crc32`, and what it is `of`.
         versions: Package -> version.
         notes: What a reader should know.
     """
@@ -26,9 +26,12 @@ def render_card(
     lines = ["---", "library_name: transformers", "tags:", "- merge", "- jaxtune", "base_model:"]
     lines += [f"- {path}" for path in base]
     lines += ["---", f"# {name}", "", f"A merge of {len(inputs)} models, made with jaxtune {versions['jaxtune']}.", ""]
-    lines += ["## Models", "", "| model | file | CRC-32 |", "|---|---|---|"]
+    lines += ["## Models", "", "| model | file | bytes | CRC-32 |", "|---|---|---|---|"]
     for one in inputs:
-        lines += [f"| {one['path']} | {file} | `{crc}` |" for file, crc in one["files"].items()]
+        lines += [
+            f"| {one['path']} | {name} | {file['bytes']} | `{file['crc32']}` of {file['of']} |"
+            for name, file in one["files"].items()
+        ]
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     lines += ["", "## Recipe", "", "```yaml", recipe.rstrip("\n"), "```", ""]

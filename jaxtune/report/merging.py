@@ -3,7 +3,6 @@
 import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ import yaml
 from jaxtune.checkpoint import Checkpoint
 from jaxtune.recipes.jobs import MergeJobs
 from jaxtune.report.card import render_card
-from jaxtune.stream.checksums import crc32_of_file
+from jaxtune.stream.checksums import crc32_of_sample
 from jaxtune.stream.plan import MergePlan
-from jaxtune.stream.run import count_cores
 from jaxtune.version import __version__
 
 
 def describe_model(model: Checkpoint) -> dict[str, Any]:
-    """Path of a model, and the CRC-32 of each of its files of tensors, in hexadecimal."""
+    """Path of a model; of each of its files of tensors the size and, in hexadecimal, the CRC-32 (`crc32_of_sample`)."""
     if model.read_from:
         places = dict(model.read_from)
     else:
@@ -37,10 +35,16 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _checksums(places):
-    with ThreadPoolExecutor(count_cores()) as pool:
-        return {
-            name: f"{crc32_of_file(place, pool.map):08x}" for name, place in sorted(places.items()) if place.is_file()
-        }
+    files = {}
+    for name, place in sorted(places.items()):
+        if place.is_file():
+            crc, is_whole = crc32_of_sample(place)
+            files[name] = {
+                "bytes": place.stat().st_size,
+                "crc32": f"{crc:08x}",
+                "of": "the whole" if is_whole else "a sample",
+            }
+    return files
 
 
 def describe_merge(

@@ -29,7 +29,7 @@ class Waiting:
         self._stream = sys.stderr if stream is None else stream
         self._is_terminal = self._stream.isatty()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread = threading.Thread(target=self._work, name="jaxtune waiting", daemon=True)
 
     def __enter__(self) -> "Waiting":
         self._began = time.monotonic()

@@ -11,9 +11,10 @@ from jaxtune.lazy import is_lazy
 from jaxtune.merge.arrays import compute_dtype
 from jaxtune.merge.registry import METHODS
 from jaxtune.recipes.jobs import MergeJobs, TensorJob
+from jaxtune.stream.engine import BLOCK, SPAN
 from jaxtune.stream.files import OutputFiles
 from jaxtune.stream.order import MAX_KEPT
-from jaxtune.stream.run import BLOCK, SPAN, count_cores
+from jaxtune.stream.run import count_cores
 
 RUNTIME_BYTES = 90 * 2**20  # Python, NumPy and SciPy
 # Arrays of a run that a method holds beside the models and the base: what it computes, and temporaries.

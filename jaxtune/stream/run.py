@@ -1,38 +1,21 @@
 """Does a merge: every tensor of the output from the tensors that its job names, in a fixed amount of memory."""
 
-import functools
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxtune.checkpoint.rounding import round_to_stored
-from jaxtune.errors import NonFiniteError, TreeMismatchError
-from jaxtune.merge.arrays import RUN
-from jaxtune.merge.options import check_options
-from jaxtune.merge.post_steps import POST_STEPS, Place
-from jaxtune.merge.registry import METHODS
-from jaxtune.merge.view import Combine
-from jaxtune.recipes.jobs import MergeJobs, TensorJob
+from jaxtune.recipes.jobs import MergeJobs
+from jaxtune.stream.checksums import crc32_of_file
+from jaxtune.stream.engine import Engine, MergeSpan, group_jobs, is_of_whole_model, merge_on_host
 from jaxtune.stream.files import OutputFiles
-from jaxtune.stream.inputs import Inputs
-from jaxtune.stream.leaves import Leaf, SteppedLeaf, split
+from jaxtune.stream.forks import Counters, can_fork, map_forked, run_forked
 from jaxtune.stream.processes import ALONE, Processes
-from jaxtune.stream.values import is_finite, narrow_into
-from jaxtune.stream.view import StreamView
-from jaxtune.stream.writer import Writer, check_finished, record_finished
-
-BLOCK = RUN  # elements that are merged in one go: a few arrays of them fit into a core's cache
-SPAN = 1 << 20  # elements of one task, and of one write
-
-# (leaf, combine, place of the leaf's first element, low, high, out) -> whether all is finite; fills `out`.
-MergeSpan = Callable[[Leaf, Combine, int, int, int, np.ndarray], bool]
+from jaxtune.stream.writer import Writer, check_finished, crc32_of_parts, record_finished
 
 
 @dataclass(frozen=True)
@@ -59,7 +42,7 @@ def run_merge(
     sync: bool = True,
     merge_span: MergeSpan | None = None,
     processes: Processes = ALONE,
-    advance: Callable[[int], None] = lambda num_bytes: None,
+    written: Counters | None = None,
 ) -> Merged:
     """Writes all files of tensors into a folder; those that a former run finished there are checked and kept.
 
@@ -71,7 +54,7 @@ def run_merge(
         sync: Whether a file is on the disk before it is called finished.
         merge_span: What does the arithmetic of a span: NumPy, block by block (None), or `device.DeviceMerge`.
         processes: This one among those that share the work, each with its own ranges of bytes.
-        advance: Called with the number of bytes that were written.
+        written: Counts bytes that were written, for `num_workers` processes at least.
 
     Raises:
         NonFiniteError: NaN or Inf came out of a tensor.
@@ -80,19 +63,39 @@ def run_merge(
         OSError: the disk refused.
     """
     num_workers = num_workers or count_cores()
+    written = written or Counters(num_workers)
+    kept: dict[str, int] = {}
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {name: check_finished(folder, name) for name in files.headers}
+        kept = {name: crc for name, crc in found.items() if crc is not None}
+    kept = processes.share(kept)
+    headers = {name: header for name, header in files.headers.items() if name not in kept}
     by_name = {job.name: job for job in jobs.jobs}
-    with ThreadPoolExecutor(num_workers) as pool:
-        kept: dict[str, int] = {}
-        if processes.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            found = {name: check_finished(folder, name, pool.map) for name in files.headers}
-            kept = {name: crc for name, crc in found.items() if crc is not None}
-        kept = processes.share(kept)
-        headers = {name: header for name, header in files.headers.items() if name not in kept}
-        writer = Writer(folder, headers, sync=sync, is_first=processes.is_first, is_alone=processes.is_alone)
+    todo = [by_name[tensor] for header in headers.values() for tensor in header.tensors]
+    how = {"sync": sync, "is_first": processes.is_first}
+    if merge_span is None and processes.is_alone and num_workers > 1 and can_fork():
+        writer = Writer(folder, headers, is_alone=False, **how)
+        parts = _run_forks(jobs, todo, folder, headers, num_workers, written)
+    else:
+        writer = Writer(folder, headers, is_alone=processes.is_alone, **how)
         processes.wait_for("files")
-        todo = [by_name[tensor] for header in headers.values() for tensor in header.tensors]
-        engine = _Engine(jobs, writer, pool, merge_span or merge_on_host, _Share(processes, todo), advance)
+        _run_threads(jobs, todo, writer, num_workers, merge_span or merge_on_host, processes, written)
+        parts = writer.parts
+    processes.wait_for("tensors")
+    crc32 = dict(kept)
+    if processes.is_first:
+        writer.finish_all()
+        for name, header in headers.items():
+            crc32[name] = crc32_of_parts(header, parts[name]) if processes.is_alone else crc32_of_file(folder / name)
+            record_finished(folder, name, crc32[name])
+    return Merged({name: folder / name for name in files.headers}, crc32, len(kept))
+
+
+def _run_threads(jobs, todo, writer, num_workers, merge_span, processes, written):
+    """This process's share, by threads."""
+    with ThreadPoolExecutor(num_workers) as pool:
+        engine = Engine(jobs, writer, pool.map, merge_span, _Share(processes, todo), written.of(0))
         queue = _Queue(pool, num_workers)
         try:
             for some in group_jobs(todo):
@@ -106,108 +109,40 @@ def run_merge(
             raise
         finally:
             writer.close()
-        processes.wait_for("tensors")
-        crc32 = dict(kept)
-        if processes.is_first:
-            writer.finish_all()
-            crc32 |= {name: record_finished(folder, name, pool.map) for name in headers}
-    return Merged({name: folder / name for name in files.headers}, crc32, len(kept))
+
+
+def _run_forks(jobs, todo, folder, headers, count, written):
+    """All of it, by processes with a share each; gives the parts that they wrote.
+
+    What a method must know of the whole model is found before, by all of them together.
+    """
+    groups = list(group_jobs(todo))
+    engine = Engine(jobs, None, map_forked(count), merge_on_host, _Share(ALONE, todo), written.of(0))
+    known = {some[0].name: engine.prepare(some) for some in groups if is_of_whole_model(some[0])}
+
+    def work(index):
+        writer = Writer(folder, headers, is_first=False, is_alone=False)
+        share = _Share(Processes(index, count), todo)
+        engine = Engine(jobs, writer, map, merge_on_host, share, written.of(index), known)
+        try:
+            for some in groups:
+                for task in engine.tasks(some):
+                    task()
+            writer.sync()  # the others are at work meanwhile
+        finally:
+            writer.close()
+        return writer.parts
+
+    parts: dict[str, list] = {name: [] for name in headers}
+    for made in run_forked(count, work):
+        for name, some in made.items():
+            parts[name] += some
+    return parts
 
 
 def count_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def group_jobs(jobs: Sequence[TensorJob]) -> Iterator[list[TensorJob]]:
-    """Jobs one by one; those whose method looks at the whole model at once, together, where their turn first comes."""
-    whole: dict[Any, list[TensorJob]] = {}
-    for job in jobs:
-        if _is_of_whole_model(job):
-            whole.setdefault(_key_of(job), []).append(job)
-    for job in jobs:
-        if not _is_of_whole_model(job):
-            yield [job]
-        elif some := whole.pop(_key_of(job), None):
-            yield some
-
-
-def merge_on_host(leaf: Leaf, combine: Combine, start: int, low: int, high: int, out: np.ndarray) -> bool:
-    """A span in NumPy, block by block, so that what is between two operations stays in the cache."""
-    for first, last in split(leaf, BLOCK, low, high):
-        values = np.asarray(combine(leaf.elements(first, last, start=start))).reshape(-1)
-        if not narrow_into(leaf.name, values, out[first - low : last - low]):
-            return False
-    return True
-
-
-class _Engine:
-    """What turns jobs into tasks of a pool."""
-
-    def __init__(self, jobs, writer, pool, merge_span, share, advance):
-        self._jobs, self._inputs, self._writer, self._pool = jobs, Inputs(jobs), writer, pool
-        self._merge_span, self._share, self._advance = merge_span, share, advance
-
-    def tasks(self, some: Sequence[TensorJob]) -> Iterable[Callable[[], None]]:
-        """All that is to do for some jobs, once the numbers about their leaves are known."""
-        if not any(map(self._share.touches, some)):
-            return
-        if some[0].method == "copy":
-            for job in some:
-                yield from self._copies(job)
-            return
-        for job, leaf, combine, start in self._prepare(some):
-            length = getattr(self._merge_span, "span", SPAN)
-            spans = [span for span in split(leaf, length) if self._share.has(job, span[0])]
-            left = itertools.count(len(spans) - 1, -1)
-            for low, high in spans:
-                yield functools.partial(self._merge, job, leaf, combine, start, low, high, left)
-
-    def _prepare(self, some):
-        """(job, leaf, combine, place of its first element), the numbers known."""
-        leaves = [self._inputs.open_leaf(job) for job in some]
-        view = StreamView(leaves, self._pool.map)
-        combine = METHODS[some[0].method].prepare(view, some[0].options)
-        for job, leaf, start in zip(some, leaves, view.starts, strict=True):
-            chosen = combine
-            for name, options in job.post:
-                step, base = POST_STEPS[name], self._inputs.open_tensor(job, job.base)
-                leaf = SteppedLeaf(leaf, chosen, base, unit=step.unit_of(options))
-                place = {"place": Place(job.layer, job.num_layers or 0)} if "place" in step.options else {}
-                full = check_options(step, {**options, **place}, 1, has_base=True, name=name)
-                chosen = step.prepare(StreamView([leaf], self._pool.map), full)
-            yield job, leaf, chosen, start
-
-    def _merge(self, job, leaf, combine, start, low, high, left):
-        out = np.empty(high - low, self._writer.dtype_of(job.name))
-        merge_span = self._merge_span if leaf.extra_shape is None else merge_on_host  # devices take weights alone
-        if not merge_span(leaf, combine, start, low, high, out):
-            raise _non_finite(self._jobs, job, leaf, low, high)
-        self._writer.write(job.name, low, out)
-        self._advance(out.nbytes)
-        if next(left) == 0:
-            leaf.release()
-
-    def _copies(self, job):
-        """One source as it is, which all others must equal."""
-        sources = (*(() if job.base is None else (job.base,)), *job.sources)
-        readers = [self._inputs.open_tensor(job, source).as_stored() for source in sources]
-        size, dtype = math.prod(job.shape), self._writer.dtype_of(job.name)
-
-        def copy(low, high):
-            first = readers[0].read_stored(low, high)
-            for source, other in zip(sources[1:], readers[1:], strict=True):
-                if not np.array_equal(first, other.read_stored(low, high)):
-                    raise TreeMismatchError(
-                        f"tensor {job.name!r} ({first.dtype}) is copied and not merged, and differs between "
-                        f"{self._jobs.models[sources[0].model].path} and {self._jobs.models[source.model].path}. "
-                        "Make them equal, or leave one model out."
-                    )
-            self._writer.write(job.name, low, round_to_stored(job.name, first, dtype))
-            self._advance(first.nbytes)
-
-        spans = [(low, min(low + SPAN, size)) for low in range(0, size, SPAN)]
-        yield from (functools.partial(copy, *span) for span in spans if self._share.has(job, span[0]))
 
 
 class _Queue:
@@ -236,14 +171,6 @@ class _Queue:
             future.result()
 
 
-def _is_of_whole_model(job):
-    return job.method in METHODS and job.options.get(METHODS[job.method].scope_option) == "model"
-
-
-def _key_of(job):
-    return job.method, repr(sorted(job.options.items())), tuple(source.model for source in job.sources)
-
-
 class _Share:
     """Of the bytes of all jobs, laid end to end, the range that is this process's; a span goes by its first byte."""
 
@@ -258,20 +185,3 @@ class _Share:
 
     def has(self, job, low):
         return self._low <= self._start_of[job.name] + low * job.out_dtype.itemsize < self._high
-
-
-def _non_finite(jobs, job, leaf, low, high):
-    """Which of the inputs holds NaN or Inf, or that none does."""
-    sources = (*job.sources, *(() if job.base is None else (job.base,)))
-    guilty = [
-        str(jobs.models[source.model].path)
-        for source, reader in zip(sources, leaf.readers, strict=True)
-        if not is_finite(reader.read_stored(low, high))
-    ]
-    where = f"tensor {job.name!r}, elements {low} to {high}"
-    if guilty:
-        return NonFiniteError(f"{where}: NaN or Inf in {', '.join(guilty)}. Use an earlier checkpoint.")
-    return NonFiniteError(
-        f"{where}: {job.method!r} makes NaN or Inf of finite numbers. Weights that sum to zero do so where they are "
-        "normalised: change them, or set normalize: false."
-    )

@@ -3,19 +3,23 @@
 import json
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from jaxtune.checkpoint import safetensors
-from jaxtune.stream.checksums import crc32_of_file
+from jaxtune.stream.checksums import combine_crc32, crc32_of_file
 
 DONE_SUFFIX, PART_SUFFIX = ".done", ".part"
 
 
 class Writer:
     """Writes parts of tensors into files that become visible under their names when they are whole.
+
+    Attributes:
+        parts: File name -> (place, length, CRC-32) of every part that was written.
 
     Args:
         folder: Where they lie.
@@ -40,6 +44,7 @@ class Writer:
         self._file_of = {tensor: name for name, header in headers.items() for tensor in header.tensors}
         self._open: dict[str, int] = {}
         self._left = {name: _data_bytes(header) for name, header in headers.items()}
+        self.parts: dict[str, list[tuple[int, int, int]]] = {name: [] for name in headers}
         self._lock = threading.Lock()
         if is_first:
             for name, header in headers.items():
@@ -57,8 +62,11 @@ class Writer:
         if values.dtype != info.dtype:
             raise AssertionError(f"{tensor}: {values.dtype} for a tensor of {info.dtype}")
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        _write_at(self._descriptor(name), data, header.data_start + info.start + low * info.dtype.itemsize)
+        place = header.data_start + info.start + low * info.dtype.itemsize
+        _write_at(self._descriptor(name), data, place)
+        part = (place, len(data), zlib.crc32(data))  # while it is in the cache
         with self._lock:
+            self.parts[name].append(part)
             self._left[name] -= len(data)
             is_whole = self._is_alone and not self._left[name]
         if is_whole:
@@ -117,14 +125,23 @@ class Writer:
         (self._folder / f"{name}{PART_SUFFIX}").rename(self._folder / name)
 
 
-def record_finished(folder: Path, name: str, map_parts: Callable[..., Iterable] = map) -> int:
-    """Notes the CRC-32 of a finished file beside it, and gives it back."""
-    crc = crc32_of_file(folder / name, map_parts)
+def record_finished(folder: Path, name: str, crc: int) -> None:
+    """Notes the CRC-32 of a finished file beside it."""
     record = folder / f"{name}{DONE_SUFFIX}"
     part = record.with_name(f"{record.name}{PART_SUFFIX}")
     part.write_text(json.dumps({"crc32": crc}))
     part.rename(record)
-    return crc
+
+
+def crc32_of_parts(header: safetensors.Header, parts: Iterable[tuple[int, int, int]]) -> int:
+    """CRC-32 of a file of which all parts behind the header are known."""
+    total = zlib.crc32(len(header.raw).to_bytes(8, "little") + header.raw)
+    end = header.data_start
+    for place, length, crc in sorted(parts):
+        if place != end:
+            raise AssertionError(f"a file's parts leave a hole at {end}, or overlap: the next begins at {place}")
+        total, end = combine_crc32(total, crc, length), place + length
+    return total
 
 
 def check_finished(folder: Path, name: str, map_parts: Callable[..., Iterable] = map) -> int | None:
