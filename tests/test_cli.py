@@ -438,7 +438,7 @@ def test_the_process_is_prepared_where_the_system_lets_it_be(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
     monkeypatch.setattr("jaxtune.cli.ctypes.CDLL", lambda name: Libc())
     prepare_process()
-    assert asked == [(-8, 1), (-3, 16 * 2**20)]
+    assert asked == [(-8, 1), (-3, 8 * 2**20)]
     assert os.environ["OPENBLAS_NUM_THREADS"] == "3"  # what is set stays
     monkeypatch.setattr("jaxtune.cli.ctypes.CDLL", lambda name: object())  # no such call
     prepare_process()

@@ -194,10 +194,10 @@ def test_folded_weights_are_the_same_function_and_take_the_whole_group(both):
     config, params, batch = both
     spec = registry.symmetry_of(config)
     whole = canonical.canonical_spec(spec)
-    folded = canonical.fold(spec, params)
+    wide = map_leaves(lambda _, leaf: np.asarray(leaf, np.float64), params)
+    folded = canonical.fold(spec, wide)  # which has the dtype of the weights
     whole.check(folded)
     with jax.enable_x64(True):
-        wide = map_leaves(lambda _, leaf: np.asarray(leaf, np.float64), params)
         plain = canonical.realise(spec, folded, wide)
         assert change(config, wide, plain, batch) < EXACT64
         moved = symmetry.apply(whole, symmetry.random(jax.random.key(0), whole), folded)
