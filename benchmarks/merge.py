@@ -7,8 +7,8 @@ A base and two fine-tunes of a Llama-shaped model (hidden 1536, 18 layers, MLP 4
 its start to its end, the three side by side in turns. The floor is `cat` of all inputs but one and `cp` of that one.
 Memory is the most that a process held beside mapped files, looked up fifty times a second.
 
-Measured 2026-11-21 on two CPU cores, numpy 2.4.6, mergekit 0.1.5 with torch 2.13; seconds, the middle one of three runs in
-the first four rows, one run in the others; memory in MiB:
+Measured 2026-11-21 on two CPU cores, numpy 2.4.6, mergekit 0.1.5 with torch 2.13; seconds, the middle one of three runs
+in the first four rows, one run in the others; memory in MiB:
 
     row                floor  jaxtune  mergekit  jaxtune / floor  mergekit / jaxtune  memory  theirs
     linear              0.49     1.58       6.6             3.2                 4.2      79    1638
@@ -21,8 +21,8 @@ the first four rows, one run in the others; memory in MiB:
     sce                 0.61     7.15     113.0            11.8                15.8     259    1838
     ties                0.63     6.35      68.6            10.1                10.8     257    1846
 
-Of every run of ours 0.3 s are the start, 0.3 s that the files are on the disk before they get their names (the others do not
-wait for that), and 0.02 s a sample of the inputs for their checksums.
+Of every run of ours 0.3 s are the start, 0.3 s that the files are on the disk before they get their names (the others
+do not wait for that), and 0.02 s a sample of the inputs for their checksums.
 """
 
 import argparse
