@@ -360,3 +360,14 @@ def test_data_beside_the_weights_comes_from_files(method, tmp_path):
     del recipe["models"][0]["data"]
     with pytest.raises(JaxtuneError, match=r"needs .*: name a file as 'data' beside"):
         plan_recipe(recipe)
+
+
+@pytest.mark.parametrize("parameters", [{"density": 0.3, "scope": "model"}, {"density": [0.2, 0.9]}], ids=str)
+def test_forked_processes_give_the_bytes_of_threads(parameters, tmp_path):
+    """pytest has JAX loaded, so that merges inside it run in threads; those of the command line fork."""
+    write_case(tmp_path)
+    recipe = write_recipe(tmp_path, "ties", parameters=parameters)
+    merge_recipe(recipe, tmp_path / "threads" / "out", num_workers=2)
+    done = run_cli("merge", recipe, "--out", tmp_path / "forks" / "out", "--threads", 3, "--device", "host")
+    assert done.returncode == 0, done.stderr
+    assert content_of(tmp_path / "forks" / "out") == content_of(tmp_path / "threads" / "out")
