@@ -371,3 +371,18 @@ def test_forked_processes_give_the_bytes_of_threads(parameters, tmp_path):
     done = run_cli("merge", recipe, "--out", tmp_path / "forks" / "out", "--threads", 3, "--device", "host")
     assert done.returncode == 0, done.stderr
     assert content_of(tmp_path / "forks" / "out") == content_of(tmp_path / "threads" / "out")
+
+
+def test_a_plan_asks_for_headers_as_often_however_many_tensors_there_are(tmp_path, monkeypatch):
+    """Anything else would be quadratic: 50,000 tensors would take hours."""
+    real, asked = checkpoint.formats.Layout.tensors, []
+    counting = property(lambda layout: asked.append(layout) or real.fget(layout))
+    monkeypatch.setattr(checkpoint.formats.Layout, "tensors", counting)
+    counts = []
+    for layers in (2, 30):
+        monkeypatch.setattr(sys.modules[__name__], "LAYERS", layers)
+        write_case(tmp_path / str(layers))
+        asked.clear()
+        plan_recipe(write_recipe(tmp_path / str(layers)))
+        counts.append(len(asked))
+    assert counts[0] == counts[1]

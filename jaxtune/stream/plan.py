@@ -68,7 +68,9 @@ def plan_merge(
     """
     num_workers = num_workers or count_cores()
     needs, where = max(((memory_of(job), job.name) for job in jobs.jobs), default=(0, ""))
-    whole = max((lazy_bytes(jobs, job) for job in jobs.jobs), default=0)
+    stored = [model.layout.tensors for model in jobs.models]
+    leaves = [getattr(model, "params", {}) for model in jobs.models]  # of models that are made first: none yet
+    whole = max((_lazy_bytes(leaves, job) for job in jobs.jobs), default=0)
     if memory_bytes is not None:
         fits = (memory_bytes - RUNTIME_BYTES - whole) // max(needs, 1)
         if fits < 1:
@@ -83,7 +85,7 @@ def plan_merge(
     for job in jobs.jobs:
         methods[job.method] = methods.get(job.method, 0) + 1
         dtypes[str(job.out_dtype)] = dtypes.get(str(job.out_dtype), 0) + 1
-        read += sum(_stored_bytes(jobs, job, source) for source in _sources(job))
+        read += sum(_stored_bytes(stored[source.model].get(source.name)) for source in _sources(job))
         cost += _nanoseconds(job)
     return MergePlan(
         num_tensors=len(jobs.jobs),
@@ -112,22 +114,17 @@ def memory_of(job: TensorJob) -> int:
     return min(run, max(size, 1)) * wide * arrays + span * job.out_dtype.itemsize + kept
 
 
-def lazy_bytes(jobs: MergeJobs, job: TensorJob) -> int:
+def _lazy_bytes(leaves, job):
     """Bytes of the leaves of a job that are made as a whole: of adapters, of torch files that are not mapped."""
-    leaves = [jobs.models[source.model].params.get(source.name) for source in _sources(job)] if _is_open(jobs) else []
-    return sum(leaf.nbytes for leaf in leaves if leaf is not None and is_lazy(leaf))
-
-
-def _is_open(jobs):
-    return all(hasattr(model, "params") for model in jobs.models)
+    own = (leaves[source.model].get(source.name) for source in _sources(job))
+    return sum(leaf.nbytes for leaf in own if leaf is not None and is_lazy(leaf))
 
 
 def _sources(job):
     return (*job.sources, *(() if job.base is None else (job.base,)))
 
 
-def _stored_bytes(jobs, job, source):
-    info = jobs.models[source.model].layout.tensors.get(source.name)
+def _stored_bytes(info):
     return 0 if info is None else math.prod(info.shape) * np.dtype(info.dtype).itemsize
 
 
