@@ -164,6 +164,7 @@ def test_files_that_were_finished_before_the_kill_are_kept(tmp_path, monkeypatch
     (work,) = tmp_path.glob(".jaxtune-*.work")
     kept = sorted(path.name for path in work.rglob("*.safetensors"))
     assert kept
+    assert all((work / "files-0" / f"{name}.done").exists() for name in kept)
     before = {name: (work / "files-0" / name).stat().st_ino for name in kept}
     merge_recipe(recipe, tmp_path / "out")
     assert content_of(tmp_path / "out") == content_of(tmp_path / "expected" / "out")

@@ -53,7 +53,7 @@ class Counters:
         return sum(struct.unpack_from("q", self._memory, n * SLOT)[0] for n in range(self._count))
 
 
-def run_forked(count: int, work: Callable[[int], Any]) -> list[Any]:
+def run_forked(count: int, work: Callable[..., Any], hear: Callable[[Any], None] | None = None) -> list[Any]:
     """`[work(0), …, work(count - 1)]`, each in a process of its own.
 
     Whatever `work` raises is raised here, and the other processes are stopped; so they are by an interrupt, and by the
@@ -61,14 +61,15 @@ def run_forked(count: int, work: Callable[[int], Any]) -> list[Any]:
 
     Args:
         count: How many processes.
-        work: Its result is pickled.
+        work: Its result is pickled. With `hear` it is called with a second argument, a function that says something.
+        hear: Called here with what they say meanwhile, in the order of each.
     """
     children: dict[int, tuple[int, int]] = {}  # pipe -> (process, index)
     parts: dict[int, bytearray] = {}
     results: dict[int, Any] = {}
     try:
         for index in range(count):
-            reader, process = _fork(index, work)
+            reader, process = _fork(index, work, hear is not None)
             children[reader], parts[reader] = (process, index), bytearray()
         with selectors.DefaultSelector() as waiting:
             for reader in children:
@@ -76,11 +77,21 @@ def run_forked(count: int, work: Callable[[int], Any]) -> list[Any]:
             while waiting.get_map():
                 for key, _ in waiting.select():
                     data = os.read(key.fd, 1 << 20)
-                    if data:
-                        parts[key.fd] += data
-                        continue
-                    waiting.unregister(key.fd)
-                    results[children[key.fd][1]] = _result_of(parts[key.fd])
+                    parts[key.fd] += data
+                    for kind, value in _take_messages(parts[key.fd]):
+                        if kind == "error":
+                            raise value
+                        if kind == "done":
+                            results[children[key.fd][1]] = value
+                        else:
+                            hear(value)
+                    if not data:
+                        waiting.unregister(key.fd)
+                        if children[key.fd][1] not in results:
+                            raise ConfigError(
+                                "a process of this merge was killed, most likely for want of memory. "
+                                "Allow fewer threads."
+                            )
     finally:
         for reader, (process, _) in children.items():
             os.close(reader)
@@ -103,7 +114,7 @@ def map_forked(count: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], li
     return map_items
 
 
-def _fork(index, work):
+def _fork(index, work, speaks):
     reader, writer = os.pipe()
     parent = os.getpid()
     sys.stdout.flush()
@@ -118,12 +129,12 @@ def _fork(index, work):
         _die_with(parent)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and stops this process
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        try:
-            content = pickle.dumps((True, work(index)))
-        except BaseException as error:
-            content = pickle.dumps((False, _picklable(error)))
         with os.fdopen(writer, "wb") as pipe:
-            pipe.write(content)
+            try:
+                say = (lambda value: _send(pipe, "said", value),) if speaks else ()
+                _send(pipe, "done", work(index, *say))
+            except BaseException as error:
+                _send(pipe, "error", _picklable(error))
         code = 0
     finally:
         os._exit(code)
@@ -136,13 +147,21 @@ def _die_with(parent):
         os._exit(1)
 
 
-def _result_of(content):
-    if not content:
-        raise ConfigError("a process of this merge was killed, most likely for want of memory. Allow fewer threads.")
-    is_fine, result = pickle.loads(bytes(content))
-    if is_fine:
-        return result
-    raise result
+def _send(pipe, kind, value):
+    content = pickle.dumps((kind, value))
+    pipe.write(struct.pack("q", len(content)) + content)
+    pipe.flush()
+
+
+def _take_messages(buffer):
+    """Takes the whole messages off the beginning of what came through a pipe."""
+    while len(buffer) >= SLOT:
+        (length,) = struct.unpack_from("q", buffer)
+        if len(buffer) < SLOT + length:
+            return
+        content = bytes(buffer[SLOT : SLOT + length])
+        del buffer[: SLOT + length]
+        yield pickle.loads(content)
 
 
 def _picklable(error):

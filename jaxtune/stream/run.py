@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from jaxtune.stream.engine import Engine, MergeSpan, group_jobs, is_of_whole_mod
 from jaxtune.stream.files import OutputFiles
 from jaxtune.stream.forks import Counters, can_fork, map_forked, run_forked
 from jaxtune.stream.processes import ALONE, Processes
-from jaxtune.stream.writer import Writer, check_finished, crc32_of_parts, record_finished
+from jaxtune.stream.writer import PART_SUFFIX, Writer, check_finished, crc32_of_parts
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,19 @@ def run_merge(
     how = {"sync": sync, "is_first": processes.is_first}
     if merge_span is None and processes.is_alone and num_workers > 1 and can_fork():
         writer = Writer(folder, headers, is_alone=False, **how)
-        parts = _run_forks(jobs, todo, folder, headers, num_workers, written)
+        try:
+            _run_forks(jobs, todo, writer, folder, headers, num_workers, written)
+        finally:
+            writer.close()
     else:
         writer = Writer(folder, headers, is_alone=processes.is_alone, **how)
         processes.wait_for("files")
         _run_threads(jobs, todo, writer, num_workers, merge_span or merge_on_host, processes, written)
-        parts = writer.parts
     processes.wait_for("tensors")
-    crc32 = dict(kept)
-    if processes.is_first:
-        writer.finish_all()
-        for name, header in headers.items():
-            crc32[name] = crc32_of_parts(header, parts[name]) if processes.is_alone else crc32_of_file(folder / name)
-            record_finished(folder, name, crc32[name])
-    return Merged({name: folder / name for name in files.headers}, crc32, len(kept))
+    if processes.is_first and not processes.is_alone:
+        for name in headers:
+            writer.finish(name, crc32_of_file(folder / f"{name}{PART_SUFFIX}"))
+    return Merged({name: folder / name for name in files.headers}, {**kept, **writer.crc32}, len(kept))
 
 
 def _run_threads(jobs, todo, writer, num_workers, merge_span, processes, written):
@@ -111,33 +111,48 @@ def _run_threads(jobs, todo, writer, num_workers, merge_span, processes, written
             writer.close()
 
 
-def _run_forks(jobs, todo, folder, headers, count, written):
-    """All of it, by processes with a share each; gives the parts that they wrote.
+def _run_forks(jobs, todo, writer, folder, headers, count, written):
+    """All of it, by processes with a share each; a file gets its name when all have done their share of it.
 
     What a method must know of the whole model is found before, by all of them together.
     """
     groups = list(group_jobs(todo))
     engine = Engine(jobs, None, map_forked(count), merge_on_host, _Share(ALONE, todo), written.of(0))
     known = {some[0].name: engine.prepare(some) for some in groups if is_of_whole_model(some[0])}
+    file_of = {tensor: name for name, header in headers.items() for tensor in header.tensors}
 
-    def work(index):
-        writer = Writer(folder, headers, is_first=False, is_alone=False)
+    def work(index, say):
+        own = Writer(folder, headers, sync=writer.is_synced, is_first=False, is_alone=False)
         share = _Share(Processes(index, count), todo)
-        engine = Engine(jobs, writer, map, merge_on_host, share, written.of(index), known)
+        engine = Engine(jobs, own, map, merge_on_host, share, written.of(index), known)
+        left = Counter(file_of[job.name] for job in todo)
         try:
             for some in groups:
                 for task in engine.tasks(some):
                     task()
-            writer.sync()  # the others are at work meanwhile
+                left.subtract(file_of[job.name] for job in some)
+                for name in {file_of[job.name] for job in some}:
+                    if not left[name]:
+                        own.sync(name)  # the others are at work meanwhile
+                        say((name, own.parts[name]))
         finally:
-            writer.close()
-        return writer.parts
+            own.close()
 
+    waiting = dict.fromkeys(headers, count)
     parts: dict[str, list] = {name: [] for name in headers}
-    for made in run_forked(count, work):
-        for name, some in made.items():
-            parts[name] += some
-    return parts
+
+    def hear(message):
+        name, some = message
+        parts[name] += some
+        waiting[name] -= 1
+        if not waiting[name]:
+            writer.finish(name, crc32_of_parts(headers[name], parts[name]))
+
+    for name, header in headers.items():
+        if not header.tensors:
+            writer.finish(name, crc32_of_parts(header, []))
+    if todo:
+        run_forked(count, work, hear)
 
 
 def count_cores() -> int:

@@ -20,6 +20,7 @@ class Writer:
 
     Attributes:
         parts: File name -> (place, length, CRC-32) of every part that was written.
+        crc32: Name of a finished file -> CRC-32 of its content.
 
     Args:
         folder: Where they lie.
@@ -27,7 +28,7 @@ class Writer:
         sync: Whether a file's content is on the disk before it gets its name.
         is_first: Whether this process makes the files. Of several processes one does; the others open them later.
         is_alone: Whether it is the only process: then a file is finished as its last part is written, else by
-            `finish_all`.
+            `finish`.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class Writer:
         is_alone: bool = True,
     ):
         self._folder, self._headers, self._sync = folder, dict(headers), sync
-        self._is_alone = is_alone
+        self._is_alone, self.is_synced = is_alone, sync
         self._file_of = {tensor: name for name, header in headers.items() for tensor in header.tensors}
         self._open: dict[str, int] = {}
         self._left = {name: _data_bytes(header) for name, header in headers.items()}
+        self.crc32: dict[str, int] = {}
         self.parts: dict[str, list[tuple[int, int, int]]] = {name: [] for name in headers}
         self._lock = threading.Lock()
         if is_first:
@@ -76,11 +78,17 @@ class Writer:
         """The dtype of a tensor in its file."""
         return self._headers[self._file_of[tensor]].tensors[tensor].dtype
 
-    def finish_all(self) -> None:
-        """Gives every file its name."""
-        for name in self._headers:
-            if (self._folder / f"{name}{PART_SUFFIX}").exists():
-                self._finish(name)
+    def finish(self, name: str, crc: int) -> None:
+        """Gives a file its name, and notes the CRC-32 of its content: from now on a later run keeps it."""
+        descriptor = self._descriptor(name)
+        with self._lock:
+            del self._open[name]
+        if self._sync:
+            os.fsync(descriptor)
+        os.close(descriptor)
+        (self._folder / f"{name}{PART_SUFFIX}").rename(self._folder / name)
+        record_finished(self._folder, name, crc)
+        self.crc32[name] = crc
 
     def close(self) -> None:
         """Closes what is still open; of files that are not whole nothing will be kept."""
@@ -88,10 +96,11 @@ class Writer:
             os.close(descriptor)
         self._open = {}
 
-    def sync(self) -> None:
-        """What this process wrote is on the disk."""
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
+    def sync(self, name: str | None = None) -> None:
+        """What this process wrote, into one file or all, is on the disk."""
+        for other, descriptor in self._open.items():
+            if self._sync and name in (None, other):
+                os.fsync(descriptor)
 
     def _make(self, name, header):
         part = self._folder / f"{name}{PART_SUFFIX}"
@@ -116,13 +125,7 @@ class Writer:
             return self._open[name]
 
     def _finish(self, name):
-        descriptor = self._descriptor(name)
-        with self._lock:
-            del self._open[name]
-        if self._sync:
-            os.fsync(descriptor)
-        os.close(descriptor)
-        (self._folder / f"{name}{PART_SUFFIX}").rename(self._folder / name)
+        self.finish(name, crc32_of_parts(self._headers[name], self.parts[name]))
 
 
 def record_finished(folder: Path, name: str, crc: int) -> None:
