@@ -26,7 +26,7 @@ from jaxtune.recipes.references import find_folder
 from jaxtune.recipes.resolve import plan_result, resolve
 from jaxtune.recipes.schema import Recipe
 from jaxtune.report.merging import describe_adapter, describe_card, describe_merge, describe_model
-from jaxtune.report.run import Run, own_memory, to_json
+from jaxtune.report.run import Run, to_json
 from jaxtune.stream.files import OutputFiles, lay_out
 from jaxtune.stream.forks import Counters
 from jaxtune.stream.plan import MergePlan, plan_merge
@@ -41,7 +41,7 @@ OTHER_FORMATS = ("npz", "orbax")
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedMerge:
     """One merge of a recipe's file, planned.
 
     Attributes:
@@ -61,7 +61,7 @@ class Planned:
         return self.jobs.models[0]
 
 
-def plan_recipe(source: str | Path | Mapping[str, Any], **limits: Any) -> list[Planned]:
+def plan_recipe(source: str | Path | Mapping[str, Any], **limits: Any) -> list[PlannedMerge]:
     """Plans every merge of a file from headers and configs; no weight is read.
 
     Args:
@@ -90,7 +90,7 @@ def _plan(recipe, made, limits):
                 f"post-steps count from a base, and this recipe has none: name base_model (for {job.name})."
             )
     files = lay_out({job.name: _Info(job.out_dtype, job.shape) for job in jobs.jobs}, _layout_model(jobs))
-    return Planned(recipe, jobs, files, plan_merge(jobs, files, **limits))
+    return PlannedMerge(recipe, jobs, files, plan_merge(jobs, files, **limits))
 
 
 def _layout_model(jobs):
@@ -180,15 +180,16 @@ def _make(planned, place, work, run, *, overwrite, merge_span, processes):
             else:
                 with open_regular(Path(content)) as original, open(target, "xb") as copy:
                     shutil.copyfileobj(original, copy)
-        (folder / REPORT_NAME).write_text(to_json(report | {"cost": _cost(run)}))
+        (folder / REPORT_NAME).write_text(to_json(report | {"cost": _cost(run, merged)}))
         parents = {f"model {n}": one for n, one in enumerate(inputs)}
         write_manifest(folder, config=jobs.recipe, parents=parents, seeds={"seed": jobs.seed})
     processes.wait_for("published")
-    return report | {"cost": _cost(run)}
+    return report | {"cost": _cost(run, merged)}
 
 
-def _cost(run):
-    return {**run.cost(), "own_memory_bytes": own_memory()}
+def _cost(run, merged):
+    """Time and memory; the peak of this process alone says nothing of those that it forked, and counts mapped files."""
+    return {"seconds": run.cost()["seconds"], "own_memory_bytes": merged.own_memory_bytes}
 
 
 def _write_weights(planned, merged, folder):

@@ -288,7 +288,10 @@ def test_merges_of_one_file_go_into_each_other(tmp_path):
     path = tmp_path / "both.yml"
     path.write_text(yaml.safe_dump_all([second, first], sort_keys=False))
     merge_recipe(path, tmp_path / "out")
-    load = lambda name: jt.load(tmp_path / name, config={}).params  # noqa: E731
+
+    def load(name):
+        return jt.load(tmp_path / name, config={}).params
+
     between = jt.merge([load("a"), load("b")])
     expected = flatten(jt.merge([load("a"), between], base=load("base"), method="task_arithmetic"))
     for name, leaf in flatten(load("out")).items():
@@ -369,8 +372,17 @@ def test_forked_processes_give_the_bytes_of_threads(parameters, tmp_path):
     write_case(tmp_path)
     recipe = write_recipe(tmp_path, "ties", parameters=parameters)
     merge_recipe(recipe, tmp_path / "threads" / "out", num_workers=2)
-    done = run_cli("merge", recipe, "--out", tmp_path / "forks" / "out", "--threads", 3, "--device", "host")
-    assert done.returncode == 0, done.stderr
+    script = f"""
+import sys
+from jaxtune.cli import main
+from jaxtune.stream import run
+counts, real = [], run.run_forked
+run.run_forked = lambda count, *rest: counts.append(count) or real(count, *rest)
+words = ["merge", {str(recipe)!r}, "--out", {str(tmp_path / "forks" / "out")!r}, "--threads", "3", "--device", "host"]
+sys.exit(main(words) or (3 if counts == [3] and "jax" not in sys.modules else 1))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
     assert content_of(tmp_path / "forks" / "out") == content_of(tmp_path / "threads" / "out")
 
 

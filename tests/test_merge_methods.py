@@ -71,5 +71,7 @@ def test_models_that_are_the_base_merge_to_the_base(name):
 
 
 def map_to_jax(models, base):
-    to_jax = lambda tree: map_leaves(lambda _, leaf: jnp.asarray(leaf), tree)  # noqa: E731
+    def to_jax(tree):
+        return map_leaves(lambda _, leaf: jnp.asarray(leaf), tree)
+
     return [to_jax(model) for model in models], to_jax(base)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtune.checkpoint import refuse_existing
 from jaxtune.errors import ConfigError, OutputError
-from jaxtune.merging import Planned, merge_recipe, plan_recipe
+from jaxtune.merging import PlannedMerge, merge_recipe, plan_recipe
 from jaxtune.report.run import Run
 from jaxtune.report.table import count_bytes, render_table
 from jaxtune.stream.processes import ALONE, join_processes
@@ -46,7 +46,7 @@ def run(arguments) -> None:
         print(summarise(report, arguments.out))
 
 
-def describe_plan(planned: Planned) -> str:
+def describe_plan(planned: PlannedMerge) -> str:
     """The table that `--plan` prints."""
     plan, jobs = planned.plan, planned.jobs
     rows = [
@@ -57,7 +57,7 @@ def describe_plan(planned: Planned) -> str:
         {"what": "files", "value": f"{len(planned.files.headers)}"},
         {"what": "read", "value": count_bytes(plan.read_bytes)},
         {"what": "write", "value": count_bytes(plan.write_bytes)},
-        {"what": "memory, at most about", "value": f"{count_bytes(plan.memory_bytes)}, {plan.num_workers} threads"},
+        {"what": "memory, at most about", "value": f"{count_bytes(plan.memory_bytes)}, {plan.num_workers} workers"},
         {"what": "time with warm files, about", "value": f"{plan.seconds:.1f} s"},
         *({"what": "note", "value": note} for note in jobs.notes),
     ]

@@ -61,15 +61,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def own_memory() -> int | None:
-    """Memory of this process that is not a mapped file, now, in bytes; None where the system does not tell."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
-    except (OSError, StopIteration):
-        return None
-
-
 def describe_host() -> dict[str, Any]:
     """Versions and devices."""
     import jax

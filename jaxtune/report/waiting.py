@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from jaxtune.stream.forks import WAITING
+
 QUIET_SECONDS = 2.0
 REDRAW_SECONDS = 0.5  # on a terminal
 LINE_SECONDS = 30.0  # between two lines of a log
@@ -29,7 +31,7 @@ class Waiting:
         self._stream = sys.stderr if stream is None else stream
         self._is_terminal = self._stream.isatty()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="jaxtune waiting", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=WAITING, daemon=True)
 
     def __enter__(self) -> "Waiting":
         self._began = time.monotonic()

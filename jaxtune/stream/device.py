@@ -25,7 +25,7 @@ jax.tree_util.register_dataclass(Stream, data_fields=["low", "high"], meta_field
 
 
 class DeviceMerge:
-    """A `run.MergeSpan` on devices.
+    """An `engine.MergeSpan` on devices.
 
     Args:
         devices: Local ones by default.

@@ -1,14 +1,14 @@
 """The files of an output: which tensors lie where."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxtune.checkpoint import Checkpoint, safetensors
-from jaxtune.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME
+from jaxtune.checkpoint.shards import WEIGHTS_NAME
 
 SHARD_BYTES = 5_000_000_000  # as the libraries that read these folders split them
 METADATA = {"format": "pt"}  # transformers asks for it
@@ -92,8 +92,3 @@ def _make_index(headers: Mapping[str, safetensors.Header]) -> bytes:
     weight_map = {name: file for file, header in headers.items() for name in header.tensors}
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def names_of(files: OutputFiles) -> Sequence[str]:
-    """File names that a checkpoint of these files has, the index included."""
-    return [*files.headers, *([] if files.index is None else [INDEX_NAME])]

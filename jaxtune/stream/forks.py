@@ -169,5 +169,5 @@ def _picklable(error):
     try:
         pickle.loads(pickle.dumps(error))
         return error
-    except Exception:
+    except Exception:  # whatever a class of its own may do there; the words must arrive
         return RuntimeError(f"{type(error).__name__}: {error}")

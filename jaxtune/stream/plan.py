@@ -13,16 +13,22 @@ from jaxtune.merge.registry import METHODS
 from jaxtune.recipes.jobs import MergeJobs, TensorJob
 from jaxtune.stream.engine import BLOCK, SPAN
 from jaxtune.stream.files import OutputFiles
+from jaxtune.stream.leaves import MOST_REMEMBERED
 from jaxtune.stream.order import MAX_KEPT
 from jaxtune.stream.run import count_cores
 
-RUNTIME_BYTES = 90 * 2**20  # Python, NumPy and SciPy
+RUNTIME_BYTES = 90 * 2**20  # Python, NumPy and what forked processes change of it
 # Arrays of a run that a method holds beside the models and the base: what it computes, and temporaries.
 WORKING_ARRAYS = {"element": 8, "row": 10, "leaf": 6}
-# Nanoseconds an element and an input on one core of 2023, by unit; a leaf's by its smaller side besides.
-NANOSECONDS = {"element": 1.2, "row": 6.0, "leaf": 12.0}
-NANOSECONDS_A_SIDE = 0.08  # and an element: products and factorisations of matrices
-WRITE_NANOSECONDS = 0.5  # a byte, into the page cache
+# Nanoseconds an element and a model on one core, out of the figures of benchmarks/merge.py (two models, the start of
+# 0.3 s and the disk's 0.3 s taken off); of methods that are not in them those of the slowest of their unit.
+NANOSECONDS = {
+    "linear": 1.6, "slerp": 4.5, "task_arithmetic": 1.8, "model_stock": 3.8, "dare_ties": 9.6, "breadcrumbs": 10.2,
+    "della": 23.8, "sce": 10.8, "ties": 9.5,
+}  # fmt: skip
+OF_UNIT = {"element": 10.8, "row": 23.8, "leaf": 23.8}
+NANOSECONDS_A_SIDE = 0.5  # and an element of a matrix: TSV-M of benchmarks/spectral.py, eight models, on a busy core
+START_SECONDS, DISK_NANOSECONDS = 0.3, 0.25  # and a byte that has to be on the disk
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class MergePlan:
         read_bytes: Of the inputs, each once; methods that know the whole leaf first read it again from the page cache.
         write_bytes: Of the output.
         memory_bytes: Anonymous memory at the peak, at most about.
-        num_workers: Threads that fit.
+        num_workers: Processes (or threads) that fit.
         seconds: With warm files, about.
         methods: Name -> number of tensors.
         dtypes: Dtype -> number of tensors of the output.
@@ -60,11 +66,11 @@ def plan_merge(
     Args:
         jobs: Resolved.
         files: Where they go.
-        memory_bytes: What may be used; fewer threads work where they would need more.
-        num_workers: Threads at most; None: one a core.
+        memory_bytes: What may be used; fewer workers are taken where they would need more.
+        num_workers: Workers at most; None: one a core.
 
     Raises:
-        ConfigError: even one thread needs more memory.
+        ConfigError: even one worker needs more memory.
     """
     num_workers = num_workers or count_cores()
     needs, where = max(((memory_of(job), job.name) for job in jobs.jobs), default=(0, ""))
@@ -72,7 +78,7 @@ def plan_merge(
     leaves = [getattr(model, "params", {}) for model in jobs.models]  # of models that are made first: none yet
     whole = max((_lazy_bytes(leaves, job) for job in jobs.jobs), default=0)
     if memory_bytes is not None:
-        fits = (memory_bytes - RUNTIME_BYTES - whole) // max(needs, 1)
+        fits = (memory_bytes - RUNTIME_BYTES) // max(needs + whole, 1)
         if fits < 1:
             enough = f"{(RUNTIME_BYTES + whole + needs >> 20) + 1} MiB"
             raise ConfigError(
@@ -92,16 +98,16 @@ def plan_merge(
         num_merged=len(jobs.jobs) - methods.get("copy", 0),
         read_bytes=read,
         write_bytes=files.num_bytes,
-        memory_bytes=RUNTIME_BYTES + whole + num_workers * needs,
+        memory_bytes=RUNTIME_BYTES + num_workers * (needs + whole),
         num_workers=num_workers,
-        seconds=0.3 + (cost / num_workers + files.num_bytes * WRITE_NANOSECONDS) * 1e-9,
+        seconds=START_SECONDS + (cost / num_workers + files.num_bytes * DISK_NANOSECONDS) * 1e-9,
         methods=methods,
         dtypes=dtypes,
     )
 
 
 def memory_of(job: TensorJob) -> int:
-    """Bytes that one thread holds while it works on a job."""
+    """Bytes that one worker holds while it works on a job."""
     if job.method == "copy":
         return SPAN * job.out_dtype.itemsize
     method = METHODS[job.method]
@@ -111,6 +117,7 @@ def memory_of(job: TensorJob) -> int:
     arrays = len(job.sources) + (job.base is not None) + WORKING_ARRAYS[unit]
     span = size if unit == "leaf" else min(SPAN, size)
     kept = min(MAX_KEPT, size) * (wide + 8) if "density" in job.options else 0
+    kept += min(MOST_REMEMBERED, size * len(job.sources)) // 8  # masks
     return min(run, max(size, 1)) * wide * arrays + span * job.out_dtype.itemsize + kept
 
 
@@ -129,11 +136,11 @@ def _stored_bytes(info):
 
 
 def _nanoseconds(job):
-    size, num_inputs = math.prod(job.shape), len(_sources(job))
+    work = math.prod(job.shape) * len(job.sources)
     if job.method == "copy":
         return 0.0
     unit = METHODS[job.method].unit_of(job.options)
-    nanoseconds = size * num_inputs * NANOSECONDS[unit]
-    if unit == "leaf" and len(job.shape) >= 2:
-        nanoseconds += size * num_inputs * min(job.shape[0], size // job.shape[0]) * NANOSECONDS_A_SIDE
+    nanoseconds = work * NANOSECONDS.get(job.method, OF_UNIT[unit])
+    if unit == "leaf" and len(job.shape) == 2:
+        nanoseconds += work * min(job.shape) * NANOSECONDS_A_SIDE
     return nanoseconds

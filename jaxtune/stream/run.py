@@ -15,6 +15,7 @@ from jaxtune.stream.checksums import crc32_of_file
 from jaxtune.stream.engine import Engine, MergeSpan, group_jobs, is_of_whole_model, merge_on_host
 from jaxtune.stream.files import OutputFiles
 from jaxtune.stream.forks import Counters, can_fork, map_forked, run_forked
+from jaxtune.stream.memory import own_memory
 from jaxtune.stream.processes import ALONE, Processes
 from jaxtune.stream.writer import PART_SUFFIX, Writer, check_finished, crc32_of_parts
 
@@ -27,11 +28,14 @@ class Merged:
         paths: File name -> where it lies, finished.
         crc32: File name -> CRC-32 of its content.
         num_kept: Files that a former run had finished.
+        own_memory_bytes: What this process and those that it forked held beside mapped files as they ended, all added
+            up; freed memory stays with them, so that it is about the peak. None where the system does not tell.
     """
 
     paths: Mapping[str, Path]
     crc32: Mapping[str, int]
     num_kept: int
+    own_memory_bytes: int | None
 
 
 def run_merge(
@@ -51,7 +55,7 @@ def run_merge(
         jobs: What to do.
         files: Where it goes.
         folder: Of `checkpoint.resume.keep_work`, or any other.
-        num_workers: Threads; None: one a core.
+        num_workers: Forked processes, or threads where nothing can be forked; None: one a core.
         sync: Whether a file is on the disk before it is called finished.
         merge_span: What does the arithmetic of a span: NumPy, block by block (None), or `device.DeviceMerge`.
         processes: This one among those that share the work, each with its own ranges of bytes.
@@ -78,18 +82,21 @@ def run_merge(
     if merge_span is None and processes.is_alone and num_workers > 1 and can_fork():
         writer = Writer(folder, headers, is_alone=False, **how)
         try:
-            _run_forks(jobs, todo, writer, folder, headers, num_workers, written)
+            held = _run_forks(jobs, todo, writer, folder, headers, num_workers, written)
         finally:
             writer.close()
     else:
         writer = Writer(folder, headers, is_alone=processes.is_alone, **how)
         processes.wait_for("files")
         _run_threads(jobs, todo, writer, num_workers, merge_span or merge_on_host, processes, written)
+        held = []
     processes.wait_for("tensors")
     if processes.is_first and not processes.is_alone:
         for name in headers:
             writer.finish(name, crc32_of_file(folder / f"{name}{PART_SUFFIX}"))
-    return Merged({name: folder / name for name in files.headers}, {**kept, **writer.crc32}, len(kept))
+    held = [*held, own_memory()]
+    paths = {name: folder / name for name in files.headers}
+    return Merged(paths, {**kept, **writer.crc32}, len(kept), None if None in held else sum(held))
 
 
 def _run_threads(jobs, todo, writer, num_workers, merge_span, processes, written):
@@ -115,6 +122,9 @@ def _run_forks(jobs, todo, writer, folder, headers, count, written):
     """All of it, by processes with a share each; a file gets its name when all have done their share of it.
 
     What a method must know of the whole model is found before, by all of them together.
+
+    Returns:
+        What each of them held beside mapped files.
     """
     groups = list(group_jobs(todo))
     engine = Engine(jobs, None, map_forked(count), merge_on_host, _Share(ALONE, todo), written.of(0))
@@ -137,6 +147,7 @@ def _run_forks(jobs, todo, writer, folder, headers, count, written):
                         say((name, own.parts[name]))
         finally:
             own.close()
+        return own_memory()
 
     waiting = dict.fromkeys(headers, count)
     parts: dict[str, list] = {name: [] for name in headers}
@@ -151,8 +162,7 @@ def _run_forks(jobs, todo, writer, folder, headers, count, written):
     for name, header in headers.items():
         if not header.tensors:
             writer.finish(name, crc32_of_parts(header, []))
-    if todo:
-        run_forked(count, work, hear)
+    return run_forked(count, work, hear) if todo else []
 
 
 def count_cores() -> int:

@@ -4,7 +4,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -147,12 +147,12 @@ def crc32_of_parts(header: safetensors.Header, parts: Iterable[tuple[int, int, i
     return total
 
 
-def check_finished(folder: Path, name: str, map_parts: Callable[..., Iterable] = map) -> int | None:
+def check_finished(folder: Path, name: str) -> int | None:
     """The CRC-32 of a file that a former run finished; None, and no file, where there is none or it has changed."""
     record = folder / f"{name}{DONE_SUFFIX}"
     if record.exists() and (folder / name).exists():
         said = json.loads(record.read_text())["crc32"]
-        if crc32_of_file(folder / name, map_parts) == said:
+        if crc32_of_file(folder / name) == said:
             return said
     record.unlink(missing_ok=True)
     (folder / name).unlink(missing_ok=True)
