@@ -18,6 +18,9 @@ from jaxtune.stream.order import MAX_KEPT
 from jaxtune.stream.run import count_cores
 
 RUNTIME_BYTES = 90 * 2**20  # Python, NumPy and what forked processes change of it
+# What else a worker holds: its copy of the interpreter's pages, and freed blocks; with it plans lie above what
+# benchmarks/merge.py measures (ties 260 MiB, della 299, of two workers).
+WORKER_BYTES = 45 * 2**20
 # Arrays of a run that a method holds beside the models and the base: what it computes, and temporaries.
 WORKING_ARRAYS = {"element": 8, "row": 10, "leaf": 6}
 # Nanoseconds an element and a model on one core, out of the figures of benchmarks/merge.py (two models, the start of
@@ -73,7 +76,7 @@ def plan_merge(
         ConfigError: even one worker needs more memory.
     """
     num_workers = num_workers or count_cores()
-    needs, where = max(((memory_of(job), job.name) for job in jobs.jobs), default=(0, ""))
+    needs, where = max(((memory_of(job) + WORKER_BYTES, job.name) for job in jobs.jobs), default=(0, ""))
     stored = [model.layout.tensors for model in jobs.models]
     leaves = [getattr(model, "params", {}) for model in jobs.models]  # of models that are made first: none yet
     whole = max((_lazy_bytes(leaves, job) for job in jobs.jobs), default=0)
