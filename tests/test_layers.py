@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxtune"
 
 # Room -> rooms of ours it may import. A room may always import itself.
-GROUND = ("types", "errors", "lazy", "tree", "rng", "version")
+GROUND = ("types", "errors", "lazy", "tree", "rng", "sample", "version")
 MAY_IMPORT = {
     "types": (),
     "version": (),
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "lazy": ("types",),
     "tree": ("types", "errors", "lazy"),
     "rng": ("types", "errors", "lazy", "tree"),
+    "sample": ("types", "errors", "lazy", "tree", "rng"),
     "symmetry": GROUND,
     "align": (*GROUND, "symmetry"),
     "merge": (*GROUND, "symmetry"),
@@ -33,6 +34,11 @@ ALL_ABOVE = tuple(MAY_IMPORT)
 for room in ("stream", "train", "evaluate"):
     MAY_IMPORT[room] = ALL_ABOVE
 MAY_IMPORT["stream"] = (*ALL_ABOVE, "recipes")  # it does what the jobs of a resolved recipe say
+# Learning on data which combination of models is best: the optimiser's room, beside `train`.
+MAY_IMPORT["compose"] = (*ALL_ABOVE, "sampling", "train", "evaluate")
+MAY_IMPORT["sampling"] = (*GROUND, "symmetry", "models", "data")  # where a task's records meet a network
+for room in ("train", "evaluate"):
+    MAY_IMPORT[room] = (*ALL_ABOVE, "sampling")
 # Factors of a stored tensor (checkpoint) move as the leaves that its key table says (models, symmetry).
 MAY_IMPORT["adapters"] = (*GROUND, "symmetry", "models", "checkpoint")
 MAY_IMPORT["loading"] = (*GROUND, "symmetry", "models", "checkpoint", "transport")  # where the two meet
@@ -46,6 +52,8 @@ for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"
         "stream",
         "train",
         "evaluate",
+        "compose",
+        "sampling",
         "adapters",
         "loading",
         "adapting",
@@ -64,7 +72,7 @@ for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"
 OUTSIDE = {
     "scipy": {"align", "merge", "interpolate", "data"},
     "flax": {"models"},
-    "optax": {"stream", "train", "evaluate"},
+    "optax": {"train", "evaluate", "compose", "align"},
     "orbax": {"checkpoint", "train"},
     "safetensors": set(),
     "tensorflow_datasets": {"data"},

@@ -1,0 +1,167 @@
+"""Samples of a task for a network: records checked against it, and how its outputs become logits."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.data.parts import take_few, take_sample
+from jaxtune.data.source import DataSource, open_source
+from jaxtune.errors import ConfigError, DataError
+from jaxtune.models import registry
+from jaxtune.models.readout import class_embeddings, read_out
+from jaxtune.sample import Sample, inputs_of
+from jaxtune.types import Params
+
+
+class Frozen:
+    """An array that is never changed and compares by what it holds, so that it can be part of a static argument."""
+
+    def __init__(self, array: Any):
+        self.array = np.ascontiguousarray(array)
+        self.array.setflags(write=False)
+        self._digest = hashlib.sha256(self.array.tobytes()).digest()
+
+    def __hash__(self):
+        return hash(self._digest)
+
+    def __eq__(self, other):
+        if not isinstance(other, Frozen):
+            return NotImplemented
+        return self._digest == other._digest and self.array.shape == other.array.shape
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Logits of a network: its outputs, or its features through a frozen read-out.
+
+    Attributes:
+        config: Of a model family.
+        embeddings: float32[C, D], one row per class; None where the outputs are logits.
+        is_next_token: Whether each position predicts the token behind it, so that the last predicts nothing.
+    """
+
+    config: Any
+    embeddings: Frozen | None = None
+    is_next_token: bool = False
+
+    def __call__(self, params: Params, batch: Mapping[str, Any]) -> jax.Array:
+        outputs = registry.apply(self.config, params, inputs_of(batch))
+        if isinstance(outputs, Mapping):
+            outputs = next(outputs[name] for name in ("logits", "features", "pooled", "hidden") if name in outputs)
+        if self.is_next_token:
+            outputs = outputs[:, :-1]
+        return outputs if self.embeddings is None else read_out(outputs, self.embeddings.array)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What goes in and comes out of every matrix of a network, see `models.tap.record_matrices`."""
+
+    config: Any
+
+    def __call__(self, params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
+        from jaxtune.models.tap import record_matrices
+
+        return record_matrices(self.config, params, inputs_of(batch))
+
+
+def make_sample(
+    config: Any,
+    data: DataSource | str | Path,
+    *,
+    split: str = "train",
+    num_examples: int | None = None,
+    num_per_class: int | None = None,
+    seed: int = 0,
+    embeddings: Any = None,
+) -> Sample:
+    """Examples of a task for networks of one architecture, drawn by chance.
+
+    A network with as many outputs as there are classes is read as logits; any other through the frozen read-out, one
+    fixed direction per class name, unless `embeddings` says another.
+
+    Args:
+        config: Of a model family.
+        data: A data source, or what `data.open_source` opens.
+        split: Of a source that is opened here.
+        num_examples: At most so many; None: all.
+        num_per_class: At most so many of every class, instead.
+        seed: Of the draw.
+        embeddings: float32[C, D], a read-out of the caller's own.
+
+    Raises:
+        DataError: the source is missing, empty, holds NaN, labels outside the classes, or records that the network does
+            not take; names the source.
+        ConfigError: both counts are given, or one below 1; the network has no outputs to be read.
+    """
+    if num_examples is not None and num_per_class is not None:
+        raise ConfigError("give num_examples or num_per_class, not both.")
+    for name, count in (("num_examples", num_examples), ("num_per_class", num_per_class)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} is {count}; it must be at least 1.")
+    source = open_source(data, split) if isinstance(data, str | Path) else data
+    if num_per_class is not None:
+        source = take_few(source, num_per_class, seed=seed)
+    elif num_examples is not None:
+        source = take_sample(source, num_examples, seed=seed)
+    where = f"{source.name} ({source.split})"
+    if not len(source):
+        raise DataError(f"{where}: there are no examples.")
+    batch = {name: np.asarray(values) for name, values in source.__getitems__(np.arange(len(source))).items()}
+    return _check(Sample(where, batch, _forward_for(config, source, embeddings, where), Record(config)), source)
+
+
+def make_text_sample(config: Any, text: np.ndarray, *, mask: np.ndarray | None = None, name: str = "texts") -> Sample:
+    """Texts for a language model: each token is to be predicted from those before it.
+
+    Shapes:
+        text: int[N, L], L at least 2; mask: bool[N, L], True where a token is real.
+
+    Raises:
+        DataError: no texts, or another shape.
+    """
+    text = np.asarray(text)
+    if text.ndim != 2 or not len(text) or text.shape[1] < 2 or text.dtype.kind not in "iu":
+        raise DataError(f"{name}: texts are {text.dtype}{list(text.shape)}, expected int[N, L] with L at least 2.")
+    mask = np.ones(text.shape, bool) if mask is None else np.asarray(mask, bool)
+    text = text.astype(np.int32)
+    batch = {"text": text, "mask": mask, "label": text[:, 1:], "valid": mask[:, 1:] & mask[:, :-1]}
+    return Sample(name, batch, Forward(config, is_next_token=True), Record(config))
+
+
+def _forward_for(config, source, embeddings, where):
+    if embeddings is not None:
+        return Forward(config, Frozen(np.asarray(embeddings, np.float32)))
+    width, names = num_outputs(config), source.class_names
+    if width is None:
+        raise ConfigError(f"{where}: models of this family have no outputs that become classes; pass embeddings=.")
+    return Forward(config, None if width == len(names) else Frozen(class_embeddings(names, width)))
+
+
+def num_outputs(config: Any) -> int | None:
+    """Length of what a network says about one example; None where it says nothing of the kind."""
+    found = getattr(config, "num_outputs", None)
+    return found if found is not None else getattr(config, "embed_dim", None) or getattr(config, "width", None)
+
+
+def _check(sample, source):
+    """The sample, seen to fit the network: one example is run through it, and every label is a class."""
+    batch, names = sample.batch, source.class_names
+    for name, values in batch.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise DataError(f"{sample.name}: {name!r} holds NaN or Inf.")
+    label = batch.get("label")
+    if label is not None and (label.min() < 0 or label.max() >= len(names)):
+        raise DataError(f"{sample.name}: labels {label.min()} to {label.max()}, there are {len(names)} classes.")
+    forward = sample.forward
+    try:
+        params = jax.eval_shape(lambda key: registry.init(key, forward.config), jax.random.key(0))
+        jax.eval_shape(forward, params, {name: values[:1] for name, values in inputs_of(batch).items()})
+    except DataError as error:
+        raise DataError(f"{sample.name}: {error}") from error
+    return sample
