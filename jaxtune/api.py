@@ -34,6 +34,7 @@ from jaxtune.lazy import is_lazy
 from jaxtune.loading import Model, load, network_of, open_models, share_vocabulary
 from jaxtune.models import registry
 from jaxtune.rng import named_key
+from jaxtune.sample import Sample
 from jaxtune.symmetry import Spec, canonical
 from jaxtune.transport.expectation import expect_recovery
 from jaxtune.transport.prepared import Prepared, Symmetry, apply_transport
@@ -98,6 +99,7 @@ def align(
     config: Any = None,
     spec: Spec | None = None,
     method: str = "weights",
+    sample: Sample | None = None,
     seed: int = 0,
     verify: bool = True,
     **options: Any,
@@ -110,13 +112,14 @@ def align(
         config: Architecture of bare trees: a model config or its dict.
         spec: A ready symmetry instead of a config.
         method: A key of `jaxtune.align.registry.METHODS`.
+        sample: Examples for the methods that look at data (`jaxtune.sampling.make_sample`).
         seed: Of every random choice.
         verify: Whether to run source and moved source and compare them.
         **options: The method's own; transformers also take `junctions` ("shared" or "each") and `inside`
             ("separate" or "joint"), perceptrons and ResNets `scales` ("fixed" or "free"), which choose the spec.
 
     Raises:
-        ConfigError: the architecture is unknown, or the two differ in it.
+        ConfigError: the architecture is unknown, or the two differ in it; the method needs a sample.
         InexactElementError: the family declares the element exact and outputs say otherwise.
         JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
     """
@@ -138,10 +141,10 @@ def align(
         realise = functools.partial(canonical.realise, own) if canonical.can_realise(own.form) else None
     key = jax.random.key(seed)
     ours, theirs = fold(target), fold(source)
-    found = find_element(named_key(key, "align"), spec, ours, theirs, method=method, **options)
+    found = find_element(named_key(key, "align"), spec, ours, theirs, method=method, sample=sample, **options)
     info = words | {
         name: getattr(found, name)
-        for name in ("is_converged", "num_sweeps", "start", "objectives", "reached_inside")
+        for name in ("is_converged", "num_sweeps", "start", "objectives", "reached_inside", "num_steps", "losses")
         if hasattr(found, name)
     }
     return Alignment(

@@ -9,7 +9,8 @@ import jax
 
 from jaxtune.align.transfusion import match_transfusion
 from jaxtune.align.weights import MatchResult, match_weights
-from jaxtune.errors import unknown_name
+from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.sample import Sample
 from jaxtune.symmetry.spec import Spec
 from jaxtune.types import Params
 
@@ -19,11 +20,12 @@ class Method:
     """One way to find an element.
 
     Attributes:
-        match: (key, spec, target, source, **options) -> a result with `element` and `is_converged`.
+        match: (key, spec, target, source, **options) -> a result with `element` and `is_converged`. Of a method that
+            looks at data, `sample` is one of the keywords.
         spec_options: What to ask of a family's symmetry unless told otherwise, so that the spec is the
             method's own; options of the method like the others, but for the caller who makes the spec.
         summary: One line for listings.
-        data: What it needs beyond weights.
+        data: What it needs beyond weights: "none", "unlabelled inputs" or "labelled examples".
         reference: Where it comes from.
         is_folded: Whether spec and trees are those of folded weights (`symmetry.canonical`).
     """
@@ -40,6 +42,7 @@ class Method:
         """Option -> default: of the spec, then read off the signature."""
         parameters = inspect.signature(self.match).parameters.values()
         own = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        own.pop("sample", None)
         return {**self.spec_options, **own}
 
     def split(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -105,14 +108,29 @@ METHODS: dict[str, Method] = {
 
 
 def find_element(
-    key: jax.Array, spec: Spec, target: Params, source: Params, *, method: str = "weights", **options: Any
+    key: jax.Array,
+    spec: Spec,
+    target: Params,
+    source: Params,
+    *,
+    method: str = "weights",
+    sample: Sample | None = None,
+    **options: Any,
 ) -> Any:
-    """Runs the named method; its result has at least `element`, `is_converged` and `num_sweeps`.
+    """Runs the named method; its result has at least `element` and `is_converged`.
 
     Of a method that `is_folded` the spec and the trees are those of folded weights.
 
+    Args:
+        key: Random choices of the method.
+        spec, target, source: As `match_weights`.
+        method: A key of `METHODS`.
+        sample: Examples for a method that needs some, with labels where it needs labels; the others do not see it.
+        **options: The method's own.
+
     Raises:
         UnknownNameError: no such method, or no such option of it; lists the known ones.
+        ConfigError: the method needs examples that are not there.
         JaxtuneError: as the method.
     """
     if method not in METHODS:
@@ -121,4 +139,9 @@ def find_element(
     for option in options:
         if option not in known:
             raise unknown_name(f"option of align method {method!r}", option, known)
+    needed = METHODS[method].data
+    if needed != "none":
+        if sample is None or (needed == "labelled examples" and not sample.is_labelled):
+            raise ConfigError(f"align method {method!r} needs {needed}: pass sample= (on the command line --data).")
+        options["sample"] = sample
     return METHODS[method].match(key, spec, target, source, **options)
