@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from jaxtune.commands import mergekit_flags
 from jaxtune.errors import JaxtuneError
 from jaxtune.version import __version__
 
@@ -87,14 +88,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     merge = add("merge", "one model of many, as a recipe says: mergekit's schema, or ours, which adds to it")
     merge.add_argument("recipe", metavar="RECIPE.yaml")
+    merge.add_argument("place", metavar="DIR", nargs="?", help="where the result goes; the same as --out")
     merge.add_argument("--out", metavar="DIR", help="where the result goes")
+    merge.add_argument("--random-seed", "--seed", type=_seed, help="of random methods (default: the recipe's, else 0)")
     merge.add_argument("--plan", action="store_true", help="check everything, say what it takes, write nothing")
     merge.add_argument("--memory", metavar="SIZE", default="1GiB", help="that may be used (default: %(default)s)")
     merge.add_argument("--threads", type=int, help="that work (default: one a core)")
     merge.add_argument(
         "--device",
-        choices=("auto", "host", "jax"),
+        type=mergekit_flags.parse_device,
         default="auto",
+        metavar="{auto,host,jax}",
         help="host: NumPy; jax: all local devices; auto: jax where there is an accelerator (default: %(default)s)",
     )
     merge.add_argument("--distributed", action="store_true", help="several processes, as the cluster starts them")
@@ -102,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--process", type=int, help="number of this one")
     merge.add_argument("--processes", type=int, help="how many there are")
     _add_overwrite(merge)
+    mergekit_flags.add_flags(merge)
 
     interpolate = add("interpolate", "a model on the straight line between two")
     interpolate.add_argument("first", metavar="A", help="weight 0")

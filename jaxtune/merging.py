@@ -61,11 +61,14 @@ class PlannedMerge:
         return self.jobs.models[0]
 
 
-def plan_recipe(source: str | Path | Mapping[str, Any], **limits: Any) -> list[PlannedMerge]:
+def plan_recipe(
+    source: str | Path | Mapping[str, Any], *, seed: int | None = None, **limits: Any
+) -> list[PlannedMerge]:
     """Plans every merge of a file from headers and configs; no weight is read.
 
     Args:
         source: As `recipes.reading.read_recipes` takes it.
+        seed: In the place of the recipe's.
         **limits: `memory_bytes`, `num_workers`: as `plan_merge` takes them.
 
     Raises:
@@ -75,7 +78,7 @@ def plan_recipe(source: str | Path | Mapping[str, Any], **limits: Any) -> list[P
     """
     made: dict[str, Any] = {}
     planned = []
-    for recipe in read_recipes(source):
+    for recipe in read_recipes(source, seed=seed):
         planned.append(_plan(recipe, made, limits))
         for name in filter(None, (recipe.name, recipe.out_path)):
             made[name] = plan_result(planned[-1].jobs, name)
@@ -108,6 +111,7 @@ def merge_recipe(
     source: str | Path | Mapping[str, Any],
     out: str | Path,
     *,
+    seed: int | None = None,
     overwrite: bool = False,
     merge_span: MergeSpan | None = None,
     processes: Processes = ALONE,
@@ -122,6 +126,7 @@ def merge_recipe(
     Args:
         source: As `recipes.reading.read_recipes` takes it; of several merges the last one is published.
         out: The folder to create.
+        seed: In the place of the recipe's.
         overwrite: Whether a former output there may be replaced.
         merge_span: As `run_merge` takes it.
         processes: This one among those that share the work; the first one publishes.
@@ -136,7 +141,7 @@ def merge_recipe(
     """
     run = run or Run("merge")
     with run.stage("plan"):
-        planned = plan_recipe(source, **limits)
+        planned = plan_recipe(source, seed=seed, **limits)
         inputs = [place for one in planned for place in _folders_of(one)]
         checkpoint.refuse_existing(out, overwrite=overwrite, inputs=inputs)
         check_space(out, sum(one.plan.write_bytes for one in planned))

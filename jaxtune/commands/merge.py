@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from jaxtune.checkpoint import refuse_existing
+from jaxtune.commands.mergekit_flags import apply_flags
 from jaxtune.errors import ConfigError, OutputError
 from jaxtune.merging import PlannedMerge, merge_recipe, plan_recipe
 from jaxtune.report.run import Run
@@ -22,20 +23,25 @@ ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
 def run(arguments) -> None:
     """Plans or does the merge that the arguments ask for."""
     limits = {"memory_bytes": parse_bytes(arguments.memory), "num_workers": arguments.threads}
+    apply_flags(arguments)
     if arguments.plan:
-        for one in plan_recipe(arguments.recipe, **limits):
+        for one in plan_recipe(arguments.recipe, seed=arguments.random_seed, **limits):
             print(describe_plan(one))
         return
-    if arguments.out is None:
+    out = arguments.out or arguments.place
+    if out is None:
         raise OutputError("--out DIR is missing: it says where the result goes.")
-    refuse_existing(arguments.out, overwrite=arguments.overwrite)
+    if None not in (arguments.out, arguments.place):
+        raise OutputError(f"two places for the result: {arguments.place} and --out {arguments.out}. Give one.")
+    refuse_existing(out, overwrite=arguments.overwrite)
     keep_freed_memory()
     processes = ALONE
     if arguments.distributed or arguments.coordinator:
         processes = join_processes(arguments.coordinator, arguments.process, arguments.processes)
     report = merge_recipe(
         arguments.recipe,
-        arguments.out,
+        out,
+        seed=arguments.random_seed,
         overwrite=arguments.overwrite,
         merge_span=_choose_arithmetic(arguments.device),
         processes=processes,
@@ -43,7 +49,7 @@ def run(arguments) -> None:
         **limits,
     )
     if processes.is_first:
-        print(summarise(report, arguments.out))
+        print(summarise(report, out))
 
 
 def describe_plan(planned: PlannedMerge) -> str:

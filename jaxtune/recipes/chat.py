@@ -12,7 +12,7 @@ from jaxtune.recipes.opening import Opened
 from jaxtune.recipes.schema import Recipe
 
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
-# Formats by the name that recipes give them, written for this file.
+# Formats by the names that recipes of mergekit give them, written for this file after their vendors' own.
 TEMPLATES = {
     "chatml": (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -25,17 +25,24 @@ TEMPLATES = {
     ),
     "mistral": (
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        " {{ message['content'] | trim }}{{ eos_token }}{% else %}[INST] {{ message['content'] | trim }} [/INST]"
-        "{% endif %}{% endfor %}"
+        " {{ message['content'] }}{{ eos_token }}{% elif message['role'] == 'user' %} [INST] "
+        "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}"
+        "{{ message['content'] }} [/INST]{% elif not (loop.first and message['role'] == 'system') %}"
+        "{{ raise_exception('expected user and assistant, behind one system message at most') }}{% endif %}{% endfor %}"
     ),
     "alpaca": (
         "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] | trim }}\n\n"
         "{% elif message['role'] == 'assistant' %}### Response:\n{{ message['content'] | trim }}\n\n"
+        "{% elif message['role'] == 'user_context' %}### Input:\n{{ message['content'] | trim }}\n\n"
         "{% else %}### Instruction:\n{{ message['content'] | trim }}\n\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}### Response:\n{% endif %}"
+        "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}### Response:\n{% endif %}"
+    ),
+    "exaone": (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}[|system|][|endofturn|]\n"
+        "{% endif %}[|{{ message['role'] }}|]{{ message['content'] }}{% if message['role'] != 'user' %}[|endofturn|]"
+        "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}[|assistant|]{% endif %}"
     ),
 }
-ELSEWHERE = {"exaone": "it is of one vendor's models: leave chat_template out to keep the base's, or write the text."}
 
 
 def choose_template(recipe: Recipe, models: Sequence[Opened]) -> tuple[str | None, str | None]:
@@ -57,8 +64,6 @@ def choose_template(recipe: Recipe, models: Sequence[Opened]) -> tuple[str | Non
         return asked, None
     if asked in TEMPLATES:
         return TEMPLATES[asked], None
-    if asked in ELSEWHERE:
-        raise recipe.error_at("chat_template", f"{asked!r} is not written here: {ELSEWHERE[asked]}")
     raise _unknown(recipe, asked)
 
 

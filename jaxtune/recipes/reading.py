@@ -1,6 +1,7 @@
 """Reads recipes: a YAML file, its text, or the same keys and values in Python."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     return recipes[0]
 
 
-def read_recipes(source: str | Path | Mapping[str, Any]) -> tuple[Recipe, ...]:
+def read_recipes(source: str | Path | Mapping[str, Any], *, seed: int | None = None) -> tuple[Recipe, ...]:
     """Reads every merge of a file, documents apart by "---", in the order in which they can be made.
 
-    A merge may name another by its `name` or `out_path`; `chain.order_recipes` says which comes first.
+    A merge may name another by its `name` or `out_path`; `chain.order_recipes` says which comes first. A `seed` given
+    here stands in the place of theirs.
 
     Raises:
         RecipeError: as `read_recipe`; two merges of one name, or a circle of them.
@@ -46,7 +48,10 @@ def read_recipes(source: str | Path | Mapping[str, Any]) -> tuple[Recipe, ...]:
         nodes = read_nodes(text, name)
         if not nodes:
             raise RecipeError(f"{name}: empty. A recipe has at least merge_method and models.")
-    return order_recipes([parse_recipe(node, folder) for node in nodes])
+    recipes = [parse_recipe(node, folder) for node in nodes]
+    if seed is not None:
+        recipes = [replace(recipe, seed=seed, plain={**recipe.plain, "seed": seed}) for recipe in recipes]
+    return order_recipes(recipes)
 
 
 def _read_text(source) -> tuple[str, str, Path | None]:
