@@ -122,6 +122,32 @@ def test_rotated_models_merge_to_the_rotated_model(name, count):
     np.testing.assert_allclose(found, merge(name, models, base_or_none) @ rotation, rtol=1e-12, atol=1e-13)
 
 
+def test_the_geometric_median_of_three_matrices():
+    models = [  # sd-mecha's own case, and what it expects
+        [[3.0, 4, 1, -2], [2, 1, -4, 3], [-1, 2, 3, 4], [4, -3, 2, 1]],
+        [[-1.0, 3, 4, 2], [4, 2, -3, 1], [3, -1, 2, 4], [2, 4, 1, -3]],
+        [[-1.0, 3, 2, 0], [3, 0, 2, 1], [-1, 3, 1, 0], [3, 0, -4, 3]],
+    ]
+    found = merge("geometric_median", models, None)
+    expected = [
+        [0.4791, 3.3698, 2.2343, -0.1354],
+        [2.9323, 0.9739, -1.7289, 1.7395],
+        [0.2082, 1.4220, 2.0416, 2.6873],
+        [3.0677, 0.0989, -0.2711, 0.4481],
+    ]
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # it stops where float32 sees its sum fall no more
+    pulls = [(found - model) / np.linalg.norm(found - model) for model in map(np.asarray, models)]
+    np.testing.assert_allclose(sum(pulls), 0, atol=1e-9)  # where it lies, the models' pulls cancel
+
+
+def test_the_geometric_median_stays_with_the_many():
+    models = [(1.0, 1.0), (1.1, 0.9), (0.9, 1.2), (100.0, -50.0)]
+    assert np.abs(merge("geometric_median", models, None) - 1).max() < 0.15
+    np.testing.assert_allclose(merge("geometric_median", models, None, weight=(1.0, 0, 0, 0)), models[0])
+    heavy = merge("geometric_median", models, None, weight=(1.0, 1.0, 1.0, 4.0))
+    np.testing.assert_allclose(heavy, models[3], rtol=1e-6)  # more than half of the weight
+
+
 @pytest.mark.parametrize("filter_wise", [False, True])
 def test_model_stock_stays_at_the_base_between_opposite_models(filter_wise):
     found = merge("model_stock", [(3.0, 3.0), (1.0, 3.0)], (2.0, 3.0), filter_wise=filter_wise)

@@ -9,6 +9,7 @@ from jaxtune.merge.dare import DARE_LINEAR, DARE_TIES
 from jaxtune.merge.della import DELLA, DELLA_LINEAR
 from jaxtune.merge.emr import EMR
 from jaxtune.merge.fisher import FISHER
+from jaxtune.merge.geometric_median import GEOMETRIC_MEDIAN
 from jaxtune.merge.graft import GRAFT
 from jaxtune.merge.half_reset import HALF_RESET
 from jaxtune.merge.isotropic import ISO_C, ISO_CTS
@@ -52,6 +53,7 @@ METHODS: dict[str, Method] = {
     "nuslerp": NUSLERP,
     "multislerp": MULTISLERP,
     "karcher": KARCHER,
+    "geometric_median": GEOMETRIC_MEDIAN,
     "model_stock": MODEL_STOCK,
     "nearswap": NEARSWAP,
     "passthrough": PASSTHROUGH,

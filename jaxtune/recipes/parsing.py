@@ -7,7 +7,7 @@ from jaxtune.merge.registry import METHODS
 from jaxtune.recipes.nodes import Node, did_you_mean
 from jaxtune.recipes.parameters import parse_parameters
 from jaxtune.recipes.references import parse_reference
-from jaxtune.recipes.refused import REFUSED_KEYS, REFUSED_METHODS
+from jaxtune.recipes.refused import REFUSED_KEYS, REFUSED_METHODS, REFUSED_OF_MODELS
 from jaxtune.recipes.schema import Entry, Module, Recipe, Slice, Tokenizer, TokenRows, Transport
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -76,12 +76,12 @@ def _parse_list(node, parse):
 def _parse_model(node: Node) -> Entry:
     if not isinstance(node.value, dict):
         raise node.error("expected 'model: PATH', with 'parameters' if there are any.")
-    node.check_keys(("model", "parameters", "transport", "data"))
+    node.check_keys(("model", "parameters", "transport", "data"), REFUSED_OF_MODELS)
     return _entry(node, None)
 
 
 def _parse_source(node: Node) -> Entry:
-    node.check_keys(("model", "parameters", "transport", "data", "layer_range"))
+    node.check_keys(("model", "parameters", "transport", "data", "layer_range"), REFUSED_OF_MODELS)
     layers = node.get("layer_range")
     if layers is None:
         raise node.error("layer_range is missing: [first, end], end not included.")
