@@ -70,6 +70,7 @@ class Networks:
         *,
         seed: int,
         branch: tuple[int, int] | None = None,
+        label_smoothing: float = 0.0,
     ) -> Params:
         """The network that `start()` becomes after training on `source`.
 
@@ -80,6 +81,7 @@ class Networks:
             schedule: Length and rate.
             seed: Of the order of the data.
             branch: (step, seed): from that step on the order is that of another seed.
+            label_smoothing: Share of the target spread evenly over the classes.
 
         Raises:
             NonFiniteError: training diverged.
@@ -88,12 +90,12 @@ class Networks:
         def make():
             print(f"training {name}", file=sys.stderr, flush=True)
             batches = _batches(source, schedule, seed, branch)
-            chunk, init = _compile(self.config, schedule)
+            chunk, init = _compile(self.config, schedule, label_smoothing)
             params = jax.tree.map(jnp.array, start())  # copies: the chunk donates them
             state, embeddings = init(params), jnp.asarray(class_embeddings(source.class_names, self._width))
             for begin in range(0, schedule.num_steps, CHUNK):
                 taken = list(itertools.islice(batches, min(CHUNK, schedule.num_steps - begin)))
-                stacked = {key: np.stack([batch[key] for batch in taken]) for key in ("image", "label")}
+                stacked = {key: np.stack([batch[key] for batch in taken]) for key in taken[0]}
                 params, state, loss = chunk(params, state, embeddings, stacked)
             if not np.isfinite(loss):
                 raise NonFiniteError(f"{name}: training diverged. Lower the learning rate.")
@@ -115,7 +117,7 @@ def _batches(source, schedule, seed, branch) -> Iterator[dict[str, np.ndarray]]:
 
 
 @functools.cache
-def _compile(config, schedule):
+def _compile(config, schedule, label_smoothing):
     """(one chunk of steps, the optimiser's first state) of a schedule; jit compiles once per number of classes."""
     rate = make_schedule(
         schedule.learning_rate,
@@ -129,7 +131,8 @@ def _compile(config, schedule):
         params, state = carry
 
         def loss_of(params):
-            return cross_entropy(read_out(registry.apply(config, params, batch), embeddings), batch["label"])
+            logits = read_out(registry.apply(config, params, batch), embeddings)
+            return cross_entropy(logits, batch["label"], label_smoothing)
 
         loss, gradient = jax.value_and_grad(loss_of)(params)
         updates, state = optimizer.update(gradient, state, params)

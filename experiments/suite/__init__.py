@@ -1,0 +1,1 @@
+"""What comparing merges on a suite of tasks is made of."""
