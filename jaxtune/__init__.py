@@ -26,7 +26,7 @@ _CALLS = {
     "merge_recipe": "jaxtune.merging",
 }
 # Calls that share their name with a package: the package itself answers the call, through `jaxtune.api`.
-_PACKAGE_CALLS = ("align", "evaluate", "interpolate", "merge", "transport")
+_PACKAGE_CALLS = ("align", "compose", "evaluate", "interpolate", "merge", "transport")
 
 __all__ = ["__version__", *_CALLS, *_PACKAGE_CALLS]
 

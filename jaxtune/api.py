@@ -24,6 +24,7 @@ from jaxtune.align.weights import match_weights
 from jaxtune.checkpoint import Checkpoint
 from jaxtune.combining import interpolate as interpolate
 from jaxtune.combining import merge as merge
+from jaxtune.composing import compose as compose
 from jaxtune.data.source import open_source
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier

@@ -23,7 +23,7 @@ CONFIG = vit.Config(
     image_size=8, patch_size=4, width=16, depth=2, num_heads=2, mlp_width=24, num_outputs=3, channels=1
 )  # fmt: skip
 MLP = mlp.Config(image_shape=(4, 4, 1), widths=(9, 8), num_outputs=3)
-PACKAGES = ["align", "evaluate", "interpolate", "transport"]
+PACKAGES = ["align", "compose", "evaluate", "interpolate", "transport"]
 
 
 def init(seed, config=MLP):

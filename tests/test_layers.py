@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxtune"
 
 # Room -> rooms of ours it may import. A room may always import itself.
-GROUND = ("types", "errors", "lazy", "tree", "rng", "sample", "version")
+GROUND = ("types", "errors", "lazy", "tree", "rng", "sample", "gradients", "version")
 MAY_IMPORT = {
     "types": (),
     "version": (),
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "tree": ("types", "errors", "lazy"),
     "rng": ("types", "errors", "lazy", "tree"),
     "sample": ("types", "errors", "lazy", "tree", "rng"),
+    "gradients": ("types", "errors", "lazy", "tree", "rng", "sample"),
     "symmetry": GROUND,
     "align": (*GROUND, "symmetry"),
     "merge": (*GROUND, "symmetry"),
@@ -47,6 +48,7 @@ MAY_IMPORT["recipes"] = (*MAY_IMPORT["loading"], "loading", "adapters", "merge")
 MAY_IMPORT["adapting"] = (*MAY_IMPORT["loading"], "loading", "adapters")
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate", "recipes")
 MAY_IMPORT["combining"] = (*MAY_IMPORT["loading"], "loading", "merge", "interpolate")
+MAY_IMPORT["composing"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "compose")
 for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"):
     above = (
         "stream",
@@ -61,6 +63,7 @@ for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"
         "report",
         "merging",
         "combining",
+        "composing",
         "api",
         "commands",
         "demo",

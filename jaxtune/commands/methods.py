@@ -3,11 +3,12 @@
 import json
 
 from jaxtune.align.registry import METHODS as ALIGN_METHODS
+from jaxtune.compose.registry import METHODS as COMPOSE_METHODS
 from jaxtune.merge.registry import METHODS as MERGE_METHODS
 from jaxtune.report.table import render_table
 from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
 
-KINDS = {"align": ALIGN_METHODS, "transport": TRANSPORT_METHODS, "merge": MERGE_METHODS}
+KINDS = {"align": ALIGN_METHODS, "transport": TRANSPORT_METHODS, "merge": MERGE_METHODS, "compose": COMPOSE_METHODS}
 
 
 def run(arguments) -> None:

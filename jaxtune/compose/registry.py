@@ -1,0 +1,78 @@
+"""Every way to learn a composition by name, with what it needs; one call for all of them."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtune.compose.ada_merging import ada_merging
+from jaxtune.compose.composition import Composition
+from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.sample import Sample
+from jaxtune.types import Params
+
+HIDDEN = ("series",)  # where a run keeps its states: of the call, not of the method
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to learn a composition.
+
+    Attributes:
+        run: (base, finetuned, samples, *, seed=0, **options) -> Composition; `samples` is a sequence.
+        summary: One line for listings.
+        data: What it needs beyond weights: "labelled examples" or "unlabelled inputs".
+        reference: Where it comes from.
+        samples: "a model": one sample for each fine-tuned model, of its task; "together": one for all of them.
+    """
+
+    run: Callable[..., Composition]
+    summary: str
+    data: str
+    reference: str
+    samples: str = "a model"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option -> default, read off the signature."""
+        parameters = inspect.signature(self.run).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in HIDDEN}
+
+
+METHODS: dict[str, Method] = {
+    "ada_merging": Method(
+        ada_merging,
+        "one coefficient a task, or a task and leaf, by entropy or by what the experts say",
+        "unlabelled inputs",
+        "arXiv:2310.02575",
+    ),
+}
+
+
+def compose(
+    method: str, base: Params, finetuned: Sequence[Params], samples: Sequence[Sample] | Sample, **options: Any
+) -> Composition:
+    """Makes one model of several by what examples say.
+
+    Args:
+        method: A key of `METHODS`.
+        base: What all were fine-tuned from.
+        finetuned: The models.
+        samples: Of each model's task, in the order of the models; one for all where the method takes one.
+        **options: The method's own.
+
+    Raises:
+        UnknownNameError: no such method, or no such option of it; lists the known ones.
+        ConfigError: another number of samples than the method takes.
+        JaxtuneError: as the method.
+    """
+    if method not in METHODS:
+        raise unknown_name("compose method", method, METHODS)
+    known = METHODS[method].options
+    for option in options:
+        if option not in known and option not in HIDDEN:
+            raise unknown_name(f"option of compose method {method!r}", option, known or ["(none)"])
+    samples = [samples] if isinstance(samples, Sample) else list(samples)
+    if METHODS[method].samples == "together" and len(samples) != 1:
+        raise ConfigError(f"compose method {method!r} takes one sample for all models, got {len(samples)}.")
+    return METHODS[method].run(base, list(finetuned), samples, **options)
