@@ -24,7 +24,7 @@ def open_task(data: Mapping[str, Any], split: str, *, data_dir: str | None = Non
     Args:
         data: "name", and any other of `FIELDS`.
         split: Which one.
-        data_dir: Put before a name that ends in .npz; None leaves names as they are.
+        data_dir: Put before a name that is a file's; None leaves names as they are.
 
     Raises:
         ConfigError: an unknown field, a shift that is not a dict of "name" and, if it has any, "options", or a
@@ -35,11 +35,11 @@ def open_task(data: Mapping[str, Any], split: str, *, data_dir: str | None = Non
     if "name" not in data or set(data) - FIELDS:
         raise ConfigError(f"data {data!r}: fields are {', '.join(sorted(FIELDS))}, and name is needed.")
     name = data["name"]
-    if data_dir is not None and name.endswith(".npz"):
+    if data_dir is not None and name.endswith((".npz", ".jsonl", ".jsonl.gz")):
         if not data_dir:
             raise ConfigError(
                 f"config.data_dir is not set, and {name} is read from there. Give --config.data_dir=DIR, a folder "
-                "with the .npz files that the config's header lists."
+                "with the files that the config's header lists."
             )
         name = str(Path(data_dir) / name)
     options = _plain(data.get("options", {})) | (_plain(data.get("eval_options", {})) if split != "train" else {})

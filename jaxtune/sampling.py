@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxtune.data.parts import take_few, take_sample
-from jaxtune.data.source import DataSource, open_source
+from jaxtune.data.source import DataSource, may_lack_labels, open_source
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.models import registry
 from jaxtune.models.readout import class_embeddings, read_out
@@ -79,11 +79,14 @@ def make_sample(
     num_per_class: int | None = None,
     seed: int = 0,
     embeddings: Any = None,
+    needs_labels: bool = False,
+    **options: Any,
 ) -> Sample:
     """Examples of a task for networks of one architecture, drawn by chance.
 
     A network with as many outputs as there are classes is read as logits; any other through the frozen read-out, one
-    fixed direction per class name, unless `embeddings` says another.
+    fixed direction per class name, unless `embeddings` says another. Where the source knows no classes (images alone),
+    the outputs are taken for logits.
 
     Args:
         config: Of a model family.
@@ -93,10 +96,12 @@ def make_sample(
         num_per_class: At most so many of every class, instead.
         seed: Of the draw.
         embeddings: float32[C, D], a read-out of the caller's own.
+        needs_labels: Whether a source without labels is refused.
+        **options: Of a source that is opened here: `task="clinc_banking"`, for instance.
 
     Raises:
-        DataError: the source is missing, empty, holds NaN, labels outside the classes, or records that the network does
-            not take; names the source.
+        DataError: the source is missing, empty, holds NaN, labels outside the classes, lacks labels that are needed, or
+            holds records that the network does not take; names the source.
         ConfigError: both counts are given, or one below 1; the network has no outputs to be read.
     """
     if num_examples is not None and num_per_class is not None:
@@ -104,7 +109,13 @@ def make_sample(
     for name, count in (("num_examples", num_examples), ("num_per_class", num_per_class)):
         if count is not None and count < 1:
             raise ConfigError(f"{name} is {count}; it must be at least 1.")
-    source = open_source(data, split) if isinstance(data, str | Path) else data
+    source = data
+    if isinstance(data, str | Path):
+        if may_lack_labels(data):
+            options = {"allow_unlabelled": not needs_labels, **options}
+        source = open_source(data, split, **options)
+    elif options:
+        raise ConfigError(f"options {', '.join(options)} are for a source that is opened here; this one is open.")
     if num_per_class is not None:
         source = take_few(source, num_per_class, seed=seed)
     elif num_examples is not None:
@@ -113,22 +124,41 @@ def make_sample(
     if not len(source):
         raise DataError(f"{where}: there are no examples.")
     batch = {name: np.asarray(values) for name, values in source.__getitems__(np.arange(len(source))).items()}
+    if needs_labels and "label" not in batch:
+        raise DataError(f"{where}: the examples have no labels, and what is asked for needs them.")
     return _check(Sample(where, batch, _forward_for(config, source, embeddings, where), Record(config)), source)
 
 
-def make_text_sample(config: Any, text: np.ndarray, *, mask: np.ndarray | None = None, name: str = "texts") -> Sample:
+def make_text_sample(
+    config: Any, text: np.ndarray | DataSource, *, mask: np.ndarray | None = None, name: str | None = None
+) -> Sample:
     """Texts for a language model: each token is to be predicted from those before it.
 
+    Args:
+        config: Of a model family with logits for every token.
+        text: Token ids, or a source of texts (`data.open_source("x.jsonl.gz", split, windows=64)`), whose masks are
+            taken too.
+        mask: True where a token is real; None: all are.
+        name: What reports call it; None: the source's, or "texts".
+
     Shapes:
-        text: int[N, L], L at least 2; mask: bool[N, L], True where a token is real.
+        text: int[N, L], L at least 2; mask: bool[N, L].
 
     Raises:
-        DataError: no texts, or another shape.
+        DataError: no texts, another shape, or ids outside the model's vocabulary.
     """
+    if isinstance(text, DataSource):
+        name = name or f"{text.name} ({text.split})"
+        records = text.__getitems__(np.arange(len(text)))
+        if "text" not in records:
+            raise DataError(f"{name}: the records hold {', '.join(records)} and no text.")
+        text, mask = records["text"], records.get("mask", mask)
+    name = name or "texts"
     text = np.asarray(text)
     if text.ndim != 2 or not len(text) or text.shape[1] < 2 or text.dtype.kind not in "iu":
         raise DataError(f"{name}: texts are {text.dtype}{list(text.shape)}, expected int[N, L] with L at least 2.")
     mask = np.ones(text.shape, bool) if mask is None else np.asarray(mask, bool)
+    _check_ids(name, config, text)
     text = text.astype(np.int32)
     batch = {"text": text, "mask": mask, "label": text[:, 1:], "valid": mask[:, 1:] & mask[:, :-1]}
     return Sample(name, batch, Forward(config, is_next_token=True), Record(config))
@@ -138,6 +168,8 @@ def _forward_for(config, source, embeddings, where):
     if embeddings is not None:
         return Forward(config, Frozen(np.asarray(embeddings, np.float32)))
     width, names = num_outputs(config), source.class_names
+    if not names:
+        return Forward(config)
     if width is None:
         raise ConfigError(f"{where}: models of this family have no outputs that become classes; pass embeddings=.")
     return Forward(config, None if width == len(names) else Frozen(class_embeddings(names, width)))
@@ -159,9 +191,26 @@ def _check(sample, source):
     if label is not None and (label.min() < 0 or label.max() >= len(names)):
         raise DataError(f"{sample.name}: labels {label.min()} to {label.max()}, there are {len(names)} classes.")
     forward = sample.forward
+    if "text" in batch:
+        _check_ids(sample.name, forward.config, batch["text"])
     try:
         params = jax.eval_shape(lambda key: registry.init(key, forward.config), jax.random.key(0))
-        jax.eval_shape(forward, params, {name: values[:1] for name, values in inputs_of(batch).items()})
+        logits = jax.eval_shape(forward, params, {name: values[:1] for name, values in inputs_of(batch).items()})
     except DataError as error:
         raise DataError(f"{sample.name}: {error}") from error
+    if names and len(logits.shape) != 2:
+        raise DataError(
+            f"{sample.name}: the network says something of every part of an example, {list(logits.shape)}, and these "
+            "are labels of whole examples. Give it a head for whole examples, or a pooler."
+        )
     return sample
+
+
+def _check_ids(where, config, text):
+    """Raises `DataError` where token ids lie outside the vocabulary of the network."""
+    size = registry.vocabulary_size(config)
+    if size is not None and text.size and not 0 <= text.min() <= text.max() < size:
+        raise DataError(
+            f"{where}: token ids {text.min()} to {text.max()}, the vocabulary of the network has {size}. Use its own "
+            "tokenizer, or tokens of that size."
+        )

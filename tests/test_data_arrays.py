@@ -5,11 +5,14 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from jaxtune import sampling
 from jaxtune.data import SPLITS, ArraySource, open_npz
 from jaxtune.errors import DataError
+from jaxtune.models import mlp, registry
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "vision" / "open"
 NAMES = np.array(["ant", "bee", "cat"])
@@ -260,3 +263,38 @@ def test_shared_sets_are_cut_by_writer_or_class(name):
             images = np.rint(source.__getitems__(np.arange(len(source)))["image"][..., 0] * 255).astype(np.uint8)
             groups.append({group_of[image.tobytes()] for image in images})
         assert not groups[0] & groups[1]
+
+
+def test_images_without_labels_are_a_source_where_the_caller_says_so(save):
+    content = tables(20, 6)
+    path = save({"train_x": content["train_x"]})
+    for split in ("train", "test"):
+        with pytest.raises(DataError, match=r"insects\.npz: images of train without labels"):
+            open_npz(path, split)
+    train, held = (open_npz(path, split, allow_unlabelled=True) for split in ("train", "validation"))
+    assert (len(train), len(held), train.class_names) == (18, 2, ())
+    assert set(train[0]) == {"image"}
+    assert sorted([*numbers_of(train), *numbers_of(held)]) == list(range(20))
+    with pytest.raises(DataError, match="no test split in it, only train"):
+        open_npz(path, "test", allow_unlabelled=True)
+    both = save({**content, "extra": NAMES})
+    np.testing.assert_array_equal(open_npz(both, "test", allow_unlabelled=True)[0]["label"], content["test_y"][0])
+    half = save({"train_x": content["train_x"], "test_x": content["test_x"], "test_y": content["test_y"]})
+    assert "label" not in open_npz(half, "train", allow_unlabelled=True)[0]
+    assert "label" in open_npz(half, "test", allow_unlabelled=True)[0]
+    with pytest.raises(DataError, match=r"no train split in it, only test"):
+        open_npz(half, "train")
+
+
+def test_a_sample_of_images_without_labels(save):
+    path = save({"train_x": tables(20)["train_x"]})
+    config = mlp.Config(image_shape=(3, 4, 1), widths=(5,), num_outputs=7)
+    sample = sampling.make_sample(config, path, num_examples=9)
+    assert (len(sample), sample.is_labelled) == (9, False)
+    assert sample.forward(registry.init(jax.random.key(0), config), sample.batch).shape == (9, 7)
+    with pytest.raises(DataError, match=r"images of train without labels"):
+        sampling.make_sample(config, path, needs_labels=True)
+    with pytest.raises(DataError, match=r"insects.* \(train\): the records have no labels"):
+        sampling.make_sample(config, path, num_per_class=2)
+    with pytest.raises(DataError, match=r"insects \(train\): the examples have no labels"):
+        sampling.make_sample(config, open_npz(path, "train", allow_unlabelled=True), needs_labels=True)

@@ -29,8 +29,8 @@ class ArraySource:
         name: As reports should call it.
         split: One of `SPLITS`.
         images: uint8 on 0 … 255, or floats in [0, 1].
-        labels: Index into `class_names` of each image.
-        class_names: One per class, all different.
+        labels: Index into `class_names` of each image; None where they are not known.
+        class_names: One per class, all different; none where neither labels nor names are known.
 
     Shapes:
         images: uint8 or float[N, H, W] or [N, H, W, C].
@@ -40,12 +40,14 @@ class ArraySource:
         DataError: there are no records, or the arrays contradict one of the lines above.
     """
 
-    def __init__(self, name: str, split: str, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]):
+    def __init__(
+        self, name: str, split: str, images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str]
+    ):
         self.name, self.split, self.class_names = name, split, tuple(class_names)
         where = f"{name} ({split})"
         self._images = _check_images(where, images)
-        self._labels = _check_labels(where, labels, len(self.class_names))
-        if len(self._images) != len(self._labels):
+        self._labels = None if labels is None else _check_labels(where, labels, len(self.class_names))
+        if self._labels is not None and len(self._images) != len(self._labels):
             raise DataError(f"{where}: {len(self._images)} images but {len(self._labels)} labels.")
         if not len(self._images):
             raise DataError(f"{where}: there are no records.")
@@ -64,7 +66,7 @@ class ArraySource:
         images = self._images[indices]
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / np.float32(255.0)
-        return {"image": images, "label": self._labels[indices]}
+        return {"image": images} if self._labels is None else {"image": images, "label": self._labels[indices]}
 
 
 def open_npz(
@@ -74,6 +76,7 @@ def open_npz(
     validation_fraction: float = 0.1,
     seed: int = 0,
     class_prefix: str = "",
+    allow_unlabelled: bool = False,
 ) -> ArraySource:
     """Opens a split of an .npz file; nothing in it is ever unpickled.
 
@@ -88,6 +91,8 @@ def open_npz(
             its share.
         seed: Chooses the cut. The same cut in every NumPy version, so a split never leaks after an upgrade.
         class_prefix: Put before every class name.
+        allow_unlabelled: Whether images without labels are a split too; their records have no "label", and groups or
+            chance alone cut the validation split.
 
     Raises:
         DataError: the file is missing or damaged, holds objects, lacks the split, or its arrays do not fit;
@@ -97,13 +102,14 @@ def open_npz(
     check_split(str(path), split)
     if not 0.0 <= validation_fraction < 1.0:
         raise DataError(f"{path}: validation_fraction must be in [0, 1), got {validation_fraction}.")
-    tables = _Tables(path)
+    tables = _Tables(path, allow_unlabelled=allow_unlabelled)
     is_cut = split != "test" and "validation" not in tables.splits
     stored = "train" if is_cut else split
     if stored not in tables.splits:
         raise DataError(f"{path}: no {stored} split in it, only {', '.join(tables.splits)}. {_LAYOUT}")
     names = [class_prefix + name for name in tables.read_class_names()]
-    images, labels = tables.read(stored, "image"), tables.read(stored, "label")
+    images = tables.read(stored, "image")
+    labels = tables.read(stored, "label") if tables.has(stored, "label") else None
     try:
         whole = ArraySource(path.stem, stored, images, labels, names)
     except DataError as error:
@@ -113,7 +119,8 @@ def open_npz(
     if tables.has(stored, "group"):
         is_held = _cut_by_group(path, tables.read(stored, "group"), len(whole), validation_fraction, seed)
     else:
-        is_held = _cut_by_class(labels.reshape(-1), validation_fraction, seed)
+        classes = np.zeros(len(whole), np.int32) if labels is None else labels.reshape(-1)
+        is_held = cut_by_class(classes, validation_fraction, seed)
     keep = is_held if split == "validation" else ~is_held
     if not keep.any():
         raise DataError(
@@ -121,13 +128,13 @@ def open_npz(
             f"of {len(whole)} train records leaves none for one. Give a larger fraction; "
             "with groups there must be two, else two records of some class."
         )
-    return ArraySource(path.stem, split, images[keep], labels[keep], names)
+    return ArraySource(path.stem, split, images[keep], None if labels is None else labels[keep], names)
 
 
 class _Tables:
     """The arrays of one .npz file, found by split and kind."""
 
-    def __init__(self, path):
+    def __init__(self, path, *, allow_unlabelled):
         self._path = path
         with self._open() as file:
             self._names = list(file.files)
@@ -140,7 +147,13 @@ class _Tables:
                     if place in self._keys:
                         raise DataError(f"{path}: {self._keys[place]!r} and {key!r} are both the {' '.join(place)}s.")
                     self._keys[place] = key
-        self.splits = [s for s in SPLITS if (s, "image") in self._keys and (s, "label") in self._keys]
+        with_images = [s for s in SPLITS if (s, "image") in self._keys]
+        self.splits = [s for s in with_images if allow_unlabelled or (s, "label") in self._keys]
+        if with_images and not self.splits:
+            raise DataError(
+                f"{path}: images of {', '.join(with_images)} without labels. Give the labels too; methods that need "
+                f"none take such a file as it is (allow_unlabelled=True). {_LAYOUT}"
+            )
         if not self.splits:
             raise DataError(f"{path}: no split found. Keys: {', '.join(self._names) or 'none'}. {_LAYOUT}")
 
@@ -161,6 +174,8 @@ class _Tables:
             return names.tolist()
         num_records, top = 0, -1
         for split in self.splits:
+            if not self.has(split, "label"):
+                continue
             labels = self.read(split, "label")
             if labels.dtype.kind in "iu" and labels.size:
                 num_records, top = num_records + labels.size, max(top, int(labels.max()))
@@ -235,8 +250,8 @@ def _check_labels(where, labels, num_classes):
     return labels.astype(np.int32)
 
 
-def _cut_by_class(labels, fraction, seed):
-    """bool[N]: the same share of every class, at least one record of a class of two or more."""
+def cut_by_class(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """bool[N], who is held out: the same share of every class, at least one record of a class of two or more."""
     order = np.argsort(record_bits(seed, "validation", np.arange(len(labels)), 1)[:, 0], kind="stable")
     is_held = np.zeros(len(labels), bool)
     for label in np.unique(labels):

@@ -11,7 +11,13 @@ _SCAN = 1024  # records at a time when labels are read
 
 
 def read_labels(source: DataSource) -> np.ndarray:
-    """The label of every record: int[len(source)]."""
+    """The label of every record: int[len(source)].
+
+    Raises:
+        DataError: the records have none.
+    """
+    if len(source) and "label" not in source[0]:
+        raise DataError(f"{source.name} ({source.split}): the records have no labels; what is asked for needs them.")
     chunks = [np.arange(start, min(start + _SCAN, len(source))) for start in range(0, len(source), _SCAN)]
     labels = [source.__getitems__(chunk)["label"] for chunk in chunks]
     return np.concatenate(labels) if labels else np.zeros(0, np.int32)
@@ -76,13 +82,15 @@ class JoinedSource:
         for n in np.unique(owner):
             rows = np.flatnonzero(owner == n)
             batch = dict(self._sources[n].__getitems__(indices[rows] - self._starts[n]))
+            if "label" not in batch:
+                raise DataError(f"{self._sources[n].name}: the records have no labels; a joined task needs them.")
             batch["label"] = (batch["label"] + self._labels[n]).astype(np.int32)
             for key, values in batch.items():
                 if key not in whole:
                     whole[key] = np.empty((len(indices), *values.shape[1:]), values.dtype)
                 if whole[key].shape[1:] != values.shape[1:]:
                     raise DataError(
-                        f"{self.name}: images of {list(whole[key].shape[1:])} and of {list(values.shape[1:])} "
+                        f"{self.name}: {key}s of {list(whole[key].shape[1:])} and of {list(values.shape[1:])} "
                         "cannot be one task. Give all sources one size."
                     )
                 whole[key][rows] = values

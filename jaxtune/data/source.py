@@ -17,16 +17,25 @@ NAMED = {
     "digits": ("jaxtune.data.digits", "open_digits"),
     "glyphs": ("jaxtune.data.glyphs", "open_glyphs"),
 }
+# Ending of a path -> module and function that opens such a file.
+FILES = {
+    ".npz": ("jaxtune.data.arrays", "open_npz"),
+    ".jsonl": ("jaxtune.data.texts", "open_texts"),
+    ".jsonl.gz": ("jaxtune.data.texts", "open_texts"),
+}
 
 
 @runtime_checkable
 class DataSource(Protocol):
-    """Labelled images, found by index; a record is the same whenever and with whomever it is asked for.
+    """Examples, found by index; a record is the same whenever and with whomever it is asked for.
+
+    Images or texts, mostly with labels; a source without them says so by records that have no "label".
 
     Attributes:
         name: What it is called in reports.
         split: One of `SPLITS`.
-        class_names: Name of each label; a frozen read-out makes its class embeddings from them.
+        class_names: Name of each label; a frozen read-out makes its class embeddings from them. Empty where no
+            classes are known.
     """
 
     name: str
@@ -37,19 +46,20 @@ class DataSource(Protocol):
         """Number of records."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One record: {"image": float32[H, W, C] in [0, 1], "label": int32[]}."""
+        """One record: "image" float32[H, W, C] in [0, 1], or "text" int32[L] and "mask" bool[L]; "label" int32[]."""
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """A batch of them: {"image": float32[N, H, W, C], "label": int32[N]}."""
+        """A batch of them: every array with N in front."""
 
 
 def open_source(name: str | Path, split: str, **options: Any) -> DataSource:
     """Opens the data source that `name` names.
 
     Args:
-        name: "digits", "glyphs", "tfds:<name>" or the path of an .npz file.
+        name: "digits", "glyphs", "tfds:<name>", the path of an .npz file (images), or of a .jsonl or .jsonl.gz file
+            (texts).
         split: "train", "validation" or "test".
-        **options: The source's own: see `open_digits`, `open_glyphs`, `open_tfds`, `open_npz`. All have
+        **options: The source's own: see `open_digits`, `open_glyphs`, `open_tfds`, `open_npz`, `open_texts`. All have
             `class_prefix`, put before every class name. A frozen read-out gives equal names equal
             embeddings, so without a prefix the digits of two sets are one set of ten classes, and
             with class_prefix="mnist/" they are classes of their own.
@@ -60,8 +70,7 @@ def open_source(name: str | Path, split: str, **options: Any) -> DataSource:
     """
     name = str(name)
     if name in NAMED:
-        module, function = NAMED[name]
-        opener = getattr(importlib.import_module(module), function)
+        opener = _import(NAMED[name])
         check_options(f"data source {name!r}", opener, options)
         return opener(split, **options)
     if name.startswith("tfds:"):
@@ -69,12 +78,22 @@ def open_source(name: str | Path, split: str, **options: Any) -> DataSource:
 
         check_options("data source 'tfds:'", open_tfds, options)
         return open_tfds(name.removeprefix("tfds:"), split, **options)
-    if name.endswith(".npz"):
-        from jaxtune.data.arrays import open_npz
+    for ending, place in FILES.items():
+        if name.endswith(ending):
+            opener = _import(place)
+            check_options(f"data source {ending!r}", opener, options)
+            return opener(name, split, **options)
+    raise unknown_name("data source", name, (*NAMED, "tfds:<name>", *(f"<path>{end}" for end in FILES)))
 
-        check_options("data source '.npz'", open_npz, options)
-        return open_npz(name, split, **options)
-    raise unknown_name("data source", name, (*NAMED, "tfds:<name>", "<path>.npz"))
+
+def may_lack_labels(name: str | Path) -> bool:
+    """Whether a source of this name has the option `allow_unlabelled`."""
+    return str(name).endswith(tuple(FILES))
+
+
+def _import(place):
+    module, function = place
+    return getattr(importlib.import_module(module), function)
 
 
 def check_split(name: str, split: str) -> None:
