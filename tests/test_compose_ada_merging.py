@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from toy_tasks import Linear, add, make_base, make_task, make_vectors, softmax
+from toy_tasks import Linear, add, forward64, make_base, make_task, make_vectors, minimise, softmax, wide
 
 import jaxtune as jt
 from jaxtune.compose import registry
@@ -17,31 +17,6 @@ BASE = make_base()
 VECTORS = make_vectors(2)
 EXPERTS = [add(BASE, [vector], [1.0]) for vector in VECTORS]
 SAMPLES = [make_task(expert, seed=n, name=f"task {n}") for n, expert in enumerate(EXPERTS)]
-
-
-def numeric_adam(loss, numbers, steps, rate):
-    """Adam with gradients by central differences in float64: no code is shared."""
-    numbers = np.asarray(numbers, np.float64)
-    first, second = np.zeros_like(numbers), np.zeros_like(numbers)
-    for step in range(1, steps + 1):
-        gradient = np.zeros_like(numbers)
-        for n in range(numbers.size):
-            shift = np.zeros_like(numbers)
-            shift.flat[n] = 1e-5
-            gradient.flat[n] = (loss(numbers + shift) - loss(numbers - shift)) / 2e-5
-        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        hat = first / (1 - 0.9**step), second / (1 - 0.999**step)
-        numbers = numbers - rate * hat[0] / (np.sqrt(hat[1]) + 1e-8)
-    return numbers
-
-
-def forward64(params, image):
-    hidden = np.tanh(image @ params["block_0"]["kernel"] + params["block_0"]["bias"])
-    return hidden @ params["block_1"]["kernel"]
-
-
-def wide(tree):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
 def loss64(objective, coefficients):
@@ -70,7 +45,7 @@ def test_steps_are_those_of_a_loop_in_numpy(level, objective):
         batch_size=60, validation=0.0,
     )  # fmt: skip
     start = np.full(2 if level == "task" else (2, 3), 0.3)
-    expected = numeric_adam(lambda c: loss64(objective, c), start, 4, 0.05)
+    expected = minimise(lambda c: loss64(objective, c), start, 4, 0.05)
     if level == "task":
         np.testing.assert_allclose(found.coefficients[""], expected, atol=2e-5)
     else:
@@ -216,7 +191,7 @@ def test_what_cannot_be_is_refused_by_name():
 def test_every_method_is_described():
     for name, method in registry.METHODS.items():
         assert "" not in (method.summary, method.reference), name
-        assert method.samples in ("a model", "together"), name
+        assert method.samples in ("a model", "together", "target and control"), name
         assert method.data in ("labelled examples", "unlabelled inputs"), name
         assert "seed" in method.options, name
         assert "series" not in method.options, name

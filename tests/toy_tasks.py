@@ -58,3 +58,33 @@ def make_task(params, *, size=60, seed=0, name="task", labelled=True):
 def softmax(logits):
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
+
+
+def wide(tree):
+    """In float64."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def forward64(params, image):
+    """`Linear` by NumPy."""
+    hidden = np.tanh(np.asarray(image, np.float64) @ params["block_0"]["kernel"] + params["block_0"]["bias"])
+    return hidden @ params["block_1"]["kernel"]
+
+
+def minimise(loss, numbers, steps, rate, *, decay=0.0, clip=None, is_cosine=False):
+    """AdamW with gradients by central differences in float64: no code is shared with what is tested."""
+    numbers = np.asarray(numbers, np.float64)
+    first, second = np.zeros_like(numbers), np.zeros_like(numbers)
+    for step in range(1, steps + 1):
+        gradient = np.zeros_like(numbers)
+        for n in range(numbers.size):
+            shift = np.zeros_like(numbers)
+            shift.flat[n] = 1e-5
+            gradient.flat[n] = (loss(numbers + shift) - loss(numbers - shift)) / 2e-5
+        if clip is not None:
+            gradient *= min(1.0, clip / np.sqrt((gradient**2).sum()))
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        hat = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        now = rate * (0.5 * (1 + np.cos(np.pi * (step - 1) / steps)) if is_cosine else 1.0)
+        numbers = numbers - now * (hat[0] / (np.sqrt(hat[1]) + 1e-8) + decay * numbers)
+    return numbers

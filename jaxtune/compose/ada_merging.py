@@ -1,14 +1,14 @@
 """Coefficients of task vectors learned from unlabelled inputs: by entropy, or by what each expert says."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxtune.compose import objectives
 from jaxtune.compose.composition import Composition, check_models, check_samples
-from jaxtune.compose.learning import learn, realise
-from jaxtune.compose.scoring import mean_score, score_all
-from jaxtune.compose.vectors import BuildGroups, Groups, build_tasks, groups_of, narrow, stack_vectors, widen
+from jaxtune.compose.running import agree, learn_composition, split_samples
+from jaxtune.compose.vectors import BuildGroups, Groups, build_tasks, groups_of, stack_vectors
 from jaxtune.errors import unknown_name
 from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
@@ -57,8 +57,7 @@ def ada_merging(
         series: As `learning.learn`.
 
     Returns:
-        `coefficients`: {path: float32[T]}, of "task" {"": float32[T]}. `info`: "loss" of every step and task,
-        "validation" -> scores of every task before ("start") and after ("learned"), "step".
+        `coefficients`: {path: float32[T]}, of "task" {"": float32[T]}; `info` as `running.learn_composition`.
 
     Raises:
         UnknownNameError: no such level or objective.
@@ -74,7 +73,7 @@ def ada_merging(
         raise unknown_name("objective", objective, OBJECTIVES)
     check_models(base, finetuned)
     check_samples(finetuned, samples)
-    learned_on, held = split_and_teach(finetuned, samples, validation, confidence, seed)
+    learned_on, held = split_samples(samples, validation, seed, experts=finetuned, confidence=confidence)
     fixed, num_tasks = stack_vectors(base, finetuned), len(finetuned)
     if level == "task":
         build, first = build_tasks, np.full(num_tasks, start, np.float32)
@@ -83,38 +82,9 @@ def ada_merging(
         build = BuildGroups(groups)
         first = {name: np.full(num_tasks, start, np.float32) for name in dict.fromkeys(groups.values())}
 
-    def agreement(params, _):
-        return mean_score([{"agreement": one["agreement"]} for one in score_all(params, held)])
-
-    found = learn(
-        build, fixed, first, learned_on, objective=OBJECTIVES[objective], num_steps=num_steps,
+    found = learn_composition(
+        base, build, fixed, first, learned_on, held, objective=OBJECTIVES[objective], num_steps=num_steps,
         learning_rate=learning_rate, batch_size=batch_size, seed=seed, series=series,
-        score=agreement if is_best_kept else None, score_every=score_every,
+        score=agree(held) if is_best_kept else None, score_every=score_every,
     )  # fmt: skip
-    params = realise(build, fixed, found.numbers)
-    info = {
-        "loss": found.history["loss"],
-        "step": found.step,
-        "validation": {"start": score_all(realise(build, fixed, first), held), "learned": score_all(params, held)},
-    }
-    coefficients = {"": found.numbers} if level == "task" else dict(found.numbers)
-    return Composition(narrow(params, base), info, {name: np.asarray(c) for name, c in coefficients.items()})
-
-
-def split_and_teach(
-    finetuned: Sequence[Params], samples: Sequence[Sample], validation: float, confidence: float, seed: int
-) -> tuple[list[Sample], list[Sample]]:
-    """(what is learned on, what is reported on), both with what each task's fine-tune says of them.
-
-    Args:
-        validation: Share that is reported on; 0: both are all.
-        confidence: As `objectives.teach`, of what is learned on.
-    """
-    finetuned = [widen(params) for params in finetuned]
-    parts = [sample.split(validation, seed=seed) if validation else (sample, sample) for sample in samples]
-    learned_on = [
-        objectives.teach(part, params, confidence=confidence)
-        for (part, _), params in zip(parts, finetuned, strict=True)
-    ]
-    held = [objectives.teach(part, params) for (_, part), params in zip(parts, finetuned, strict=True)]
-    return learned_on, held
+    return dataclasses.replace(found, coefficients={"": found.coefficients}) if level == "task" else found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtune.compose.ada_merging import ada_merging
+from jaxtune.compose.atlas import atlas, atlas_few_shot, atlas_negation, atlas_test_time
 from jaxtune.compose.composition import Composition
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
@@ -23,7 +24,8 @@ class Method:
         summary: One line for listings.
         data: What it needs beyond weights: "labelled examples" or "unlabelled inputs".
         reference: Where it comes from.
-        samples: "a model": one sample for each fine-tuned model, of its task; "together": one for all of them.
+        samples: "a model": one sample for each fine-tuned model, of its task; "together": one for all of them;
+            "target and control": two, whatever the number of models.
     """
 
     run: Callable[..., Composition]
@@ -45,6 +47,33 @@ METHODS: dict[str, Method] = {
         "one coefficient a task, or a task and leaf, by entropy or by what the experts say",
         "unlabelled inputs",
         "arXiv:2310.02575",
+    ),
+    "atlas": Method(
+        atlas,
+        "one coefficient a task and leaf, or several a matrix, by labels of all tasks",
+        "labelled examples",
+        "arXiv:2407.02880",
+    ),
+    "atlas_negation": Method(
+        atlas_negation,
+        "coefficients that lose one task and keep a control",
+        "labelled examples",
+        "arXiv:2407.02880",
+        samples="target and control",
+    ),
+    "atlas_few_shot": Method(
+        atlas_few_shot,
+        "fine-tunes of other tasks, weighted for a new one by few labels",
+        "labelled examples",
+        "arXiv:2407.02880",
+        samples="together",
+    ),
+    "atlas_test_time": Method(
+        atlas_test_time,
+        "fine-tunes of other tasks, weighted for a new one by its inputs alone",
+        "unlabelled inputs",
+        "arXiv:2407.02880",
+        samples="together",
     ),
 }
 
