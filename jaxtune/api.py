@@ -83,7 +83,7 @@ class Transport:
             a config, or where no network of the family can hold the moved source (`full` on a tower with an
             entry norm).
         expected: Share of the fine-tuning gain that such a residual let arrive on the ladder of base pairs, (low,
-            high) at scale 1, see `transport.expectation`; None without evidence.
+            high) at scale 1, see `transport.expectation`; None without evidence, and of methods that look at data.
     """
 
     params: dict[str, Any]
@@ -166,6 +166,7 @@ def transport(
     config: Any = None,
     spec: Spec | None = None,
     method: str = "auto",
+    sample: Sample | None = None,
     scale: float = 1.0,
     seed: int = 0,
     verify: bool = True,
@@ -182,6 +183,7 @@ def transport(
         config: Architecture of bare trees: a model config or its dict.
         spec: A ready symmetry instead of a config.
         method: A key of `jaxtune.transport.registry.METHODS`.
+        sample: Examples for a method that looks at data, see `sampling.make_sample`.
         scale: Factor of the moved task vector.
         seed: Of every random choice.
         verify: Whether to gather evidence; False saves an alignment and two forward passes.
@@ -215,7 +217,7 @@ def transport(
     symmetry_of = _symmetry(config, spec) if needs_symmetry else lambda: _fixed_spec(target)
     key = jax.random.key(seed)
     prepared = prepare_transport(
-        named_key(key, "transport"), symmetry_of, source, finetuned, anchor, method=method, **options
+        named_key(key, "transport"), symmetry_of, source, finetuned, anchor, method=method, sample=sample, **options
     )
     prepared.info.update(words)
     evidence = equivalence = None
@@ -230,7 +232,7 @@ def transport(
     params = apply_transport(prepared, target, scale)
     check_finite("the result", params)
     expected = None
-    if evidence is not None:
+    if evidence is not None and TRANSPORT_METHODS[method].data == "none":  # with data, weights are not all that counts
         expected = expect_recovery(evidence.residual["identity" if prepared.element is None else "found"])
     return Transport(params, prepared, evidence, equivalence, expected)
 

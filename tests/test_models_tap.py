@@ -16,7 +16,7 @@ from jaxtune import tree
 from jaxtune.models import registry, resnet, vit
 from jaxtune.models.experts import Experts
 from jaxtune.models.tap import record_gradients, record_matrices
-from jaxtune.models.views import follow, view_of_leaf
+from jaxtune.models.views import follow, in_order_of_leaf, view_of_leaf
 from jaxtune.sampling import make_text_sample
 
 MIXTURE = Experts(num_experts=3, num_chosen=2, hidden=7, shared_hidden=9)
@@ -183,6 +183,8 @@ def test_views_follow_what_numpy_does():
             steps += 1
         if view is None:
             continue
+        sizes, order = in_order_of_leaf(view, range(array.ndim))
+        np.testing.assert_array_equal(array.reshape(sizes).transpose(order).reshape(-1), leaf.reshape(-1))
         # The entry at the origin of every axis but one, read off the strides that the view claims.
         weights = np.array([np.prod(shape[axis + 1 :], dtype=int) for axis in range(len(shape))])
         for axis, factors in enumerate(view.axes):

@@ -1,6 +1,7 @@
 """Every transport method on planted pairs, on kin, and on what it must refuse."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,15 @@ from toys import add_noise, toy_transformer
 
 from jaxtune import symmetry, tree
 from jaxtune.align.bases import centred_polar_factor
-from jaxtune.errors import TreeMismatchError, UnknownNameError
+from jaxtune.errors import ConfigError, TreeMismatchError, UnknownNameError
+from jaxtune.sample import Sample
 from jaxtune.symmetry import canonical
 from jaxtune.transport.orthogonal_shift import prepare_orthogonal_shift
 from jaxtune.transport.prepared import Prepared, apply_transport
-from jaxtune.transport.registry import METHODS, prepare_transport
+from jaxtune.transport.registry import METHODS, Method, prepare_transport
 
 KEY = jax.random.key(0)
+WITHOUT_DATA = [name for name, method in METHODS.items() if method.data == "none"]
 
 
 def toy_symmetry(*, junctions="shared", inside="separate"):
@@ -45,7 +48,7 @@ def assert_close(a, b, *, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_every_method_has_the_same_face(method, bases):
     source, finetuned = bases
     target = add_noise(source, 0.2, 2)
@@ -60,7 +63,7 @@ def test_every_method_has_the_same_face(method, bases):
     assert_same(apply_transport(prepared, target, 0.0), target)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_onto_its_own_base_every_method_gives_the_finetuned_model(method, bases):
     source, finetuned = bases
     prepared = prepare_transport(KEY, toy_symmetry, source, finetuned, source, method=method)
@@ -127,7 +130,7 @@ def test_auto_tells_a_turned_copy_with_drift_from_noise(bases):
         assert info["saved"] == pytest.approx(info["saved_of_noise"], rel=0.08)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_another_fine_tune_moves_along_without_aligning_again(method, bases):
     source, finetuned = bases
     other, target = add_noise(source, 0.3, 7), add_noise(source, 0.5, 8)
@@ -194,3 +197,25 @@ def test_unknown_methods_and_options_list_the_known(bases):
         prepare_transport(KEY, toy_symmetry, source, finetuned, source, method="permutation", headcost="exact")
     with pytest.raises(TreeMismatchError, match="base and finetuned"):
         prepare_transport(KEY, toy_symmetry, source, toy_transformer(0, depth=2)[1], source, method="identity")
+
+
+def test_a_method_that_needs_examples_says_so(bases, monkeypatch):
+    source, finetuned = bases
+    asked = []
+
+    def prepare(key, symmetry, source, finetuned, target, *, sample, strength=1.0):
+        asked.append((sample, strength))
+
+    for data, given in (("unlabelled inputs", {"image": np.zeros(1)}), ("labelled examples", {"label": np.zeros(1)})):
+        monkeypatch.setitem(METHODS, "looking", Method(prepare, "", data, ""))
+        assert METHODS["looking"].options == {"strength": 1.0}
+        call = partial(prepare_transport, KEY, toy_symmetry, source, finetuned, source, method="looking")
+        with pytest.raises(ConfigError, match=f"'looking' needs {data}.*--data"):
+            call()
+        if data == "labelled examples":
+            with pytest.raises(ConfigError, match="needs labelled examples"):
+                call(sample=Sample("few", {"image": np.zeros(1)}, None))
+        sample = Sample("few", given, None)
+        call(sample=sample, strength=2.0)
+        assert asked[-1] == (sample, 2.0)
+    prepare_transport(KEY, toy_symmetry, source, finetuned, source, method="identity", sample=sample)

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from jaxtune.errors import unknown_name
+from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.sample import Sample
 from jaxtune.transport.auto import prepare_auto
 from jaxtune.transport.full import prepare_full
 from jaxtune.transport.identity import prepare_identity
@@ -23,9 +24,10 @@ class Method:
     """One way to carry a task vector.
 
     Attributes:
-        prepare: (key, symmetry, source, finetuned, target, **options) -> Prepared.
+        prepare: (key, symmetry, source, finetuned, target, **options) -> Prepared. Of a method that looks at data,
+            `sample` is one of the keywords.
         summary: One line for listings.
-        data: What it needs beyond weights.
+        data: What it needs beyond weights: "none", "unlabelled inputs" or "labelled examples".
         reference: Where it comes from.
     """
 
@@ -36,9 +38,11 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Option -> default, read off the signature."""
+        """Option -> default, read off the signature; the sample is none of them."""
         parameters = inspect.signature(self.prepare).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        own = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        own.pop("sample", None)
+        return own
 
 
 METHODS: dict[str, Method] = {
@@ -84,6 +88,7 @@ def prepare_transport(
     target: Params,
     *,
     method: str = "auto",
+    sample: Sample | None = None,
     **options: Any,
 ) -> Prepared:
     """Prepares the named method; `transport.apply_transport` then adds the result at any scale.
@@ -93,10 +98,12 @@ def prepare_transport(
         symmetry: Spec of the three networks, as a function of the family's own options.
         source, finetuned, target: Old base, its fine-tune, new base.
         method: A key of `METHODS`.
+        sample: Examples for a method that needs some, with labels where it needs labels; the others do not see it.
         **options: The method's own.
 
     Raises:
         UnknownNameError: no such method, or no such option of it; lists the known ones.
+        ConfigError: the method needs examples that are not there.
         JaxtuneError: as the method.
     """
     if method not in METHODS:
@@ -105,4 +112,9 @@ def prepare_transport(
     for option in options:
         if option not in known:
             raise unknown_name(f"option of transport method {method!r}", option, known or ["(none)"])
+    needed = METHODS[method].data
+    if needed != "none":
+        if sample is None or (needed == "labelled examples" and not sample.is_labelled):
+            raise ConfigError(f"transport method {method!r} needs {needed}: pass sample= (on the command line --data).")
+        options["sample"] = sample
     return METHODS[method].prepare(key, symmetry, source, finetuned, target, **options)
