@@ -62,6 +62,11 @@ class ArrayView(View):
         columns = stacked.reshape(len(parts), -1).T
         return np.array([math.fsum(column) for column in columns]).reshape(stacked.shape[1:])
 
+    def add_up(self, function: Callable[..., Leaf], *numbers: Any, num_rows: int, **constants: Any) -> np.ndarray:
+        """As `View.add_up`."""
+        length = self.whole(0).models[0].shape[1]
+        return sum(function(run, *numbers, **constants) for run in self.runs(0, num_rows * length))
+
     def rank_from_top(self, function: Callable[..., Leaf], count: Any, *numbers: Any, **constants: Any) -> Any:
         """As `View.rank_from_top`."""
         runs = [self.whole(leaf) for leaf in range(len(self._leaves))]
@@ -70,6 +75,11 @@ class ArrayView(View):
         if isinstance(count, tuple):
             return tuple(rank_values(self.xp, values, one) for one in count)
         return rank_values(self.xp, values, count)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the arithmetic."""
+        return self.whole(0).dtype
 
     def whole(self, leaf: int) -> Elements:
         """All elements of one leaf as one run."""
@@ -85,14 +95,14 @@ class ArrayView(View):
         base = arrays[-1] if base is not None else None
         return Elements(self.xp, tuple(arrays[: len(models)]), base, start, streams, extras)
 
-    def runs(self, leaf: int):
-        """One leaf in runs of about `RUN` elements, whole rows; where JAX computes, and for leaves, in one."""
-        whole = self.whole(leaf)
+    def runs(self, leaf: int, length: int | None = None):
+        """One leaf in runs of about `length` elements (`RUN`), whole rows; under JAX, and of leaves, in one."""
+        whole, length = self.whole(leaf), RUN if length is None else length
         first = whole.models[0]
-        if self.xp is not np or self.unit == "leaf" or first.size <= RUN:
+        if self.xp is not np or self.unit == "leaf" or first.size <= length:
             yield whole
             return
-        step = RUN if self.unit == "element" else max(1, RUN // first.shape[1])
+        step = length if self.unit == "element" else max(1, length // first.shape[1])
         for low in range(0, first.shape[0], step):
             take = slice(low, low + step)
             yield Elements(
@@ -195,7 +205,7 @@ def merge_trees(
         more = None
         if beside:
             more = [[read(tree[path]) for tree in beside] if path in beside[0] else None for path in some]
-        unit = method.unit_of(options)
+        unit = method.unit_of(options, like[some[0]].shape, input_axis)
         return ArrayView(some, leaves, bases, unit=unit, input_axis=input_axis, seed=seed, extras=more)
 
     merged = {path: _copy_equal(path, like, flats) for path in like if path not in paths}

@@ -1,5 +1,7 @@
 """Isotropic merging: all directions of the merged update equally strong."""
 
+import numpy as np
+
 from jaxtune.merge.factors import (
     add_matrix,
     check_others,
@@ -9,6 +11,7 @@ from jaxtune.merge.factors import (
     sum_matrices,
     top_factors,
 )
+from jaxtune.merge.long import flatten_long
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between
 from jaxtune.merge.polar import multiply, polar
@@ -32,7 +35,9 @@ def merge_iso_c(view: View, *, lambda_: float = 1.0, others: str = "average") ->
     """
     if not is_matrix(view):
         return merge_others(view, others, lambda_)
-    return Combine(_flatten_spectrum, (lambda_,), (("input_axis", view.input_axis),))
+    if view.unit == "row" and view.xp is np:
+        return flatten_long(view, lambda_)
+    return Combine(_flatten_spectrum, (lambda_,), (("input_axis", -1 if view.unit == "row" else view.input_axis),))
 
 
 def merge_iso_cts(
@@ -94,7 +99,12 @@ def _check_iso_cts(options):
 
 
 ISO_C = Method(
-    merge_iso_c, "summed task vectors with a flat spectrum", "arXiv:2502.04959", unit="leaf", check=check_others
+    merge_iso_c,
+    "summed task vectors with a flat spectrum",
+    "arXiv:2502.04959",
+    unit="leaf",
+    by_rows=True,
+    check=check_others,
 )
 ISO_CTS = Method(
     merge_iso_cts,

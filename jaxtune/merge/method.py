@@ -1,7 +1,8 @@
 """What is known of a merge method beside its arithmetic; one record a method."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ class Method:
         data: What it needs beside weights, as `Elements.extras`: "none", or its name for messages.
         presets: Name of a peer -> options with which its results come out.
         scope_option: The option that, set to "model", makes one view of all leaves; None: always a view a leaf.
+        by_rows: Whether a matrix of many more outputs than inputs (`is_long`) is merged row by row, in fixed memory.
         check: (options) -> None. Raises ConfigError, or UnknownNameError, where a value makes no sense.
     """
 
@@ -38,6 +40,7 @@ class Method:
     data: str = "none"
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scope_option: str | None = None
+    by_rows: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
 
     @property
@@ -50,8 +53,10 @@ class Method:
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
-    def unit_of(self, options: Mapping[str, Any]) -> Unit:
-        """The unit under these options, all of them, as recipes spell them."""
+    def unit_of(self, options: Mapping[str, Any], shape: Sequence[int] = (), input_axis: int = -1) -> Unit:
+        """The unit under these options, all of them, as recipes spell them; of a leaf of some shape."""
+        if self.by_rows and is_long(shape, input_axis):
+            return "row"
         return self.unit(options) if callable(self.unit) else self.unit
 
     def prepare(self, view: Any, options: Mapping[str, Any]) -> Any:
@@ -60,4 +65,10 @@ class Method:
         return self.program(view, **{names[name]: value for name, value in options.items()})
 
 
+def is_long(shape: Sequence[int], input_axis: int = -1) -> bool:
+    """Whether a leaf is a large matrix of at least twice as many outputs as inputs, as tables of a row a token are."""
+    return len(shape) == 2 and math.prod(shape) > LONG and math.prod(shape) >= 2 * shape[input_axis] ** 2
+
+
+LONG = 1 << 24  # elements; below it whole matrices fit into any memory
 REQUIRED = "(required)"

@@ -1,6 +1,9 @@
 """Singular vectors of the tasks, kept apart by making them orthonormal together."""
 
+import numpy as np
+
 from jaxtune.merge.factors import add_matrix, check_others, each_matrix, is_matrix, merge_others, top_factors
+from jaxtune.merge.long import join_long
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between
 from jaxtune.merge.polar import multiply, polar
@@ -31,7 +34,10 @@ def merge_tsv_m(
         return merge_others(view, others, lambda_)
     rank = min(view.shape)
     kept = rank // view.num_models if rank_share is None else int(rank * rank_share + 1e-9)
-    constants = (("input_axis", view.input_axis), ("kept", max(1, min(kept, rank))))
+    kept = max(1, min(kept, rank))
+    if view.unit == "row" and view.xp is np:
+        return join_long(view, lambda_, kept)
+    constants = (("input_axis", -1 if view.unit == "row" else view.input_axis), ("kept", kept))
     return Combine(_merge, (lambda_,), constants)
 
 
@@ -55,5 +61,6 @@ TSV_M = Method(
     "the strongest singular vectors of every task, orthonormal together",
     "arXiv:2412.00081",
     unit="leaf",
+    by_rows=True,
     check=_check,
 )

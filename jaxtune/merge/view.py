@@ -155,6 +155,8 @@ class View(ABC):
         has_base: Whether there is one.
         input_axis: Axis that runs along the inputs of a matrix: -1 in files of torch, 0 in our trees.
         xp: `numpy` or `jax.numpy`: of numbers about the whole leaf.
+        unit: Of its runs, as `Method.unit_of` says.
+        dtype: Of the arithmetic.
         seed: Of random bits.
         extra_shapes: For a method that needs more than weights, the shapes of `Elements.extras`, leaf by leaf, None for
             leaves without any; None: no such data was given.
@@ -166,6 +168,8 @@ class View(ABC):
     has_base: bool
     input_axis: int
     xp: Any
+    unit: str
+    dtype: Any
     seed: int = 0
     extra_shapes: Sequence[tuple[int, ...] | None] | None = None
 
@@ -180,6 +184,13 @@ class View(ABC):
 
         The runs, and with them the last bit, depend on the leaf alone: not on memory, threads or devices. Sums inside
         `function` accumulate in float64 where the view is NumPy's (`sum_wide`).
+        """
+
+    @abstractmethod
+    def add_up(self, function: Callable[..., Leaf], *numbers: Any, num_rows: int, **constants: Any) -> np.ndarray:
+        """As `reduce`, of a large result: over runs of `num_rows` whole rows, one after another, in float64.
+
+        For views of unit "row" of one leaf, on the host.
         """
 
     @abstractmethod
@@ -203,7 +214,7 @@ def weaken(number: Any, elements: Elements) -> Any:
     if isinstance(number, Rank):
         return Rank(weaken(number.value, elements), number.last)
     if isinstance(number, (np.ndarray, np.floating)) and number.dtype.kind == "f":
-        return number.astype(elements.dtype)
+        return number.astype(elements.dtype, copy=False)
     return number
 
 

@@ -28,7 +28,7 @@ class Inputs:
         models = [self.open_tensor(job, source) for source in job.sources]
         data = [source.data for source in job.sources]
         extras = None if any(one is None for one in data) else data
-        unit = METHODS[job.method].unit_of(job.options)
+        unit = METHODS[job.method].unit_of(job.options, job.shape)
         return StoredLeaf(job.name, models, base, unit=unit, seed=self._seed, extras=extras)
 
     def open_tensor(self, job: TensorJob, source: Source) -> TensorReader:

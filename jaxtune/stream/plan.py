@@ -9,6 +9,7 @@ import numpy as np
 from jaxtune.errors import ConfigError
 from jaxtune.lazy import is_lazy
 from jaxtune.merge.arrays import compute_dtype
+from jaxtune.merge.long import RUN as LONG_RUN
 from jaxtune.merge.registry import METHODS
 from jaxtune.recipes.jobs import MergeJobs, TensorJob
 from jaxtune.stream.engine import BLOCK, SPAN
@@ -30,6 +31,7 @@ NANOSECONDS = {
     "della": 23.8, "sce": 10.8, "ties": 9.5,
 }  # fmt: skip
 OF_UNIT = {"element": 10.8, "row": 23.8, "leaf": 23.8}
+LONG_SQUARES = 5  # of a long matrix: Gram matrix, its eigenvectors, and what LAPACK works in
 NANOSECONDS_A_SIDE = 0.5  # and an element of a matrix: TSV-M of benchmarks/spectral.py, eight models, on a busy core
 START_SECONDS, DISK_NANOSECONDS = 0.3, 0.25  # and a byte that has to be on the disk
 
@@ -114,12 +116,14 @@ def memory_of(job: TensorJob) -> int:
     if job.method == "copy":
         return SPAN * job.out_dtype.itemsize
     method = METHODS[job.method]
-    unit, size = method.unit_of(job.options), math.prod(job.shape)
+    unit, size = method.unit_of(job.options, job.shape), math.prod(job.shape)
     wide = compute_dtype(job.out_dtype if job.dtype is None else job.dtype).itemsize
     run = {"element": BLOCK, "row": max(BLOCK, job.shape[-1] if job.shape else 1), "leaf": size}[unit]
     arrays = len(job.sources) + (job.base is not None) + WORKING_ARRAYS[unit]
     span = size if unit == "leaf" else min(SPAN, size)
     kept = min(MAX_KEPT, size) * (wide + 8) if "density" in job.options else 0
+    if method.by_rows and unit == "row":  # what it knows of the whole, and runs of its passes
+        kept += 8 * (min(job.shape) ** 2 * (LONG_SQUARES + len(job.sources)) + LONG_RUN * (len(job.sources) + 3))
     kept += min(MOST_REMEMBERED, size * len(job.sources)) // 8  # masks
     return min(run, max(size, 1)) * wide * arrays + span * job.out_dtype.itemsize + kept
 
@@ -142,8 +146,8 @@ def _nanoseconds(job):
     work = math.prod(job.shape) * len(job.sources)
     if job.method == "copy":
         return 0.0
-    unit = METHODS[job.method].unit_of(job.options)
+    unit = METHODS[job.method].unit_of(job.options, job.shape)
     nanoseconds = work * NANOSECONDS.get(job.method, OF_UNIT[unit])
-    if unit == "leaf" and len(job.shape) == 2:
+    if METHODS[job.method].unit == "leaf" and len(job.shape) == 2:
         nanoseconds += work * min(job.shape) * NANOSECONDS_A_SIDE
     return nanoseconds

@@ -29,6 +29,7 @@ class StreamView(View):
         self.extra_shapes = tuple(leaf.extra_shape for leaf in leaves)
         self.shape = first.shape if len(leaves) == 1 else (sum(leaf.size for leaf in leaves),)
         self.input_axis, self.xp, self._map = -1, np, map_groups
+        self.unit, self.dtype = first.unit, first.dtype
         self._leaves = tuple(leaves)
         self.starts = tuple(np.cumsum([0, *(leaf.size for leaf in leaves)])[:-1].tolist())
 
@@ -43,6 +44,12 @@ class StreamView(View):
         stacked = np.stack([part for parts in self._map(sum_group, self._groups()) for part in parts])
         columns = stacked.reshape(len(stacked), -1).T
         return np.array([math.fsum(column) for column in columns]).reshape(stacked.shape[1:])
+
+    def add_up(self, function: Callable[..., Any], *numbers: Any, num_rows: int, **constants: Any) -> np.ndarray:
+        """As `View.add_up`."""
+        (leaf,) = self._leaves
+        runs = split(leaf, num_rows * leaf.row_length)
+        return sum(function(leaf.elements(low, high), *numbers, **constants) for low, high in runs)
 
     def rank_from_top(self, function: Callable[..., Any], count: Any, *numbers: Any, **constants: Any) -> Any:
         """As `View.rank_from_top`."""
