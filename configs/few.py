@@ -1,0 +1,64 @@
+"""The ladder by number of examples: two seeds, and a branch from the start, two sizes of vision transformer.
+
+    python -m experiments.few --config=configs/few.py --workdir=runs/few --config.data_dir=DIR
+
+DIR holds the sets of configs/ladder.py, whose bases and fine-tunes these are: --config.networks=runs/ladder/checkpoints
+takes them from there.
+"""
+
+import ml_collections
+
+
+def get_config():
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    c.data_dir = ""
+    c.networks = ""
+    c.split = "test"
+    c.num_pairs = 5
+    vit = dict(model_type="jaxtune_vit", image_size=28, patch_size=7, depth=2, num_heads=4, num_outputs=64, channels=1)
+    c.models = dict(narrow=vit | dict(width=64, mlp_width=128))
+    c.learning_rates = dict(narrow=6e-3, wide=4e-3)
+    c.pretrain = dict(
+        sources=(
+            dict(name="mnist.npz", options=dict(class_prefix="mnist/")),
+            dict(name="dhcd_digits.npz", options=dict(class_prefix="dhcd/")),
+        ),
+        num_steps=1500,
+        batch_size=64,
+    )
+    c.rungs = dict(release=(), branch=(0.0,), continued_rate=1e-3)
+    c.tasks = dict(
+        turned_digits=dict(
+            name="mnist.npz",
+            options=dict(class_prefix="mnist/"),
+            shifts=(dict(name="rotate", options=dict(degrees=90.0)),),
+        ),
+        thai_digits=dict(name="thai_digits.npz", options=dict(class_prefix="thai/")),
+        consonants=dict(name="dhcd_cons_c.npz", options=dict(class_prefix="consonant/")),
+        drawings=dict(name="quickdraw6.npz", options=dict(class_prefix="drawing/")),
+    )
+    c.finetune = dict(num_steps=150, batch_size=64, learning_rate=1e-3)
+    c.num_test, c.num_support = 1000, 500
+    c.sizes = (8, 32, 128, 512, "2 a class")
+    c.ways = ways()
+    return c
+
+
+def ways():
+    """Name -> what is done with the examples."""
+    rows = {
+        name: dict(way="free transport", method=name, options=dict()) for name in ("identity", "transfusion", "full")
+    }
+    for name in ("theseus", "bico", "tied", "learned", "gradfix_teacher"):
+        rows[name] = dict(way="transport by inputs", method=name, options=dict())
+    rows["gradfix"] = dict(way="transport by labels", method="gradfix", options=dict())
+    rows["distil"] = dict(way="distil", start="base", options=dict())
+    rows["full, then distil"] = dict(way="distil", start="full", options=dict())
+    rows["tied, then distil"] = dict(way="distil", start="tied", options=dict())
+    rows["tune"] = dict(way="tune", start="base", options=dict())
+    rows["tune LoRA"] = dict(way="tune", start="base", options=dict(lora_rank=4))
+    rows["full, then tune"] = dict(way="tune", start="full", options=dict())
+    rows["proxy logits"] = dict(way="proxy logits")
+    rows["nearest mean"] = dict(way="nearest mean")
+    return rows

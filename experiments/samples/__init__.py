@@ -1,0 +1,1 @@
+"""What the ladder with a little data is made of."""

@@ -1,0 +1,159 @@
+"""The ways to use a few examples that are compared: transports, distillation, tuning, and rules of prediction."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.models import registry
+from jaxtune.rng import named_key
+from jaxtune.sample import Sample, inputs_of
+from jaxtune.transport.prepared import Prepared, apply_transport
+from jaxtune.transport.registry import prepare_transport
+from jaxtune.types import Params
+
+
+@dataclass(frozen=True)
+class Way:
+    """One kind of thing to do with examples.
+
+    Attributes:
+        make: (given, row of the config) -> parameters, or a function from a batch to logits.
+        is_free: Whether it needs no examples.
+    """
+
+    make: Callable[["Given", Mapping[str, Any]], Any]
+    is_free: bool = False
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every way may look at; ways that others start from are made once.
+
+    Attributes:
+        config: Of the family.
+        source, finetuned, target: Old base, its fine-tune, new base.
+        sample: Labelled examples; a way that may not see labels takes them off. None for ways that need none.
+        key: Of the methods.
+        known: Name of a data-free way -> what it made of this task.
+        aligned: Name of a data-free way -> its transport, made once for all tasks of the pair.
+        ways: All of the config, by name.
+    """
+
+    config: Any
+    source: Params
+    finetuned: Params
+    target: Params
+    sample: Sample | None
+    key: jax.Array
+    known: dict[str, Any]
+    aligned: dict[str, Prepared]
+    ways: Mapping[str, Mapping[str, Any]]
+
+    def make(self, name: str) -> Any:
+        """What a way makes; data-free ones are kept in `known`."""
+        if name in self.known:
+            return self.known[name]
+        if name == "base":
+            return self.target
+        way = WAYS[self.ways[name]["way"]]
+        made = way.make(self, self.ways[name])
+        if way.is_free:
+            self.known[name] = made
+        return made
+
+
+def _prepare(given: Given, row: Mapping[str, Any], **data: Sample) -> Prepared:
+    return prepare_transport(
+        named_key(given.key, row["method"]),
+        partial(registry.symmetry_of, given.config),
+        given.source,
+        given.finetuned,
+        given.target,
+        method=row["method"],
+        **data,
+        **row.get("options", {}),
+    )
+
+
+def transport_freely(given, row):
+    """A transport that needs no data; aligned once for all tasks."""
+    name = row["method"]
+    if name not in given.aligned:
+        given.aligned[name] = _prepare(given, row)
+    ready = given.aligned[name]
+    return apply_transport(replace(ready, task_vector=ready.move(given.finetuned)), given.target)
+
+
+def transport_by_inputs(given, row):
+    """A transport that looks at unlabelled inputs."""
+    return apply_transport(_prepare(given, row, sample=given.sample.without_labels()), given.target)
+
+
+def transport_by_labels(given, row):
+    """A transport that looks at labelled examples."""
+    return apply_transport(_prepare(given, row, sample=given.sample), given.target)
+
+
+def distil(given, row):
+    """The old base's fine-tune as teacher of the new base, or of what another way made of it."""
+    from jaxtune.compose.distill import distill
+
+    start = given.make(row["start"])
+    sample = given.sample.without_labels()
+    return distill(sample, given.finetuned, start, key=named_key(given.key, "distill"), **row.get("options", {})).params
+
+
+def tune_on_few(given, row):
+    """The new base, or what another way made of it, fine-tuned on the labelled examples."""
+    from jaxtune.compose.fewshot import tune_few
+
+    start = given.make(row["start"])
+    return tune_few(given.sample, start, key=named_key(given.key, "few"), **row.get("options", {})).params
+
+
+def add_logits(given, row):
+    """The new base's logits plus what fine-tuning did to the old base's: three networks at every prediction."""
+    del row
+    forward = jax.jit(given.sample.forward)
+
+    def predict(batch):
+        inputs = inputs_of(batch)
+        return forward(given.target, inputs) + forward(given.finetuned, inputs) - forward(given.source, inputs)
+
+    return predict
+
+
+def nearest_mean(given, row):
+    """Nearest mean of the labelled examples' features, as the new base gives them, by cosine."""
+    del row
+    features = jax.jit(partial(registry.apply, given.config))
+
+    def unit(batch):
+        x = np.asarray(features(given.target, inputs_of(batch)), np.float64)
+        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    known, labels = unit(given.sample.batch), given.sample.batch["label"]
+    num_classes = len(given.sample.forward.embeddings.array)
+    means = np.stack([known[labels == c].sum(axis=0) for c in range(num_classes)])
+    lengths = np.linalg.norm(means, axis=-1, keepdims=True)
+    means = np.where(lengths > 0, means / np.maximum(lengths, 1e-12), 0.0)  # a class without examples is never nearest
+
+    def predict(batch):
+        return np.where(lengths[:, 0] > 0, unit(batch) @ means.T, -np.inf)
+
+    return predict
+
+
+WAYS = {
+    "free transport": Way(transport_freely, is_free=True),
+    "transport by inputs": Way(transport_by_inputs),
+    "transport by labels": Way(transport_by_labels),
+    "distil": Way(distil),
+    "tune": Way(tune_on_few),
+    "proxy logits": Way(add_logits),
+    "nearest mean": Way(nearest_mean),
+}
