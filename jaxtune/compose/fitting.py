@@ -99,7 +99,7 @@ class Fitted:
 
 def fit(
     objective: Objective,
-    start: Any,
+    start: Mapping[str, Any],
     fixed: Any,
     sample: Sample,
     *,
@@ -113,7 +113,8 @@ def fit(
 
     Args:
         objective: Of a batch.
-        start: Any pytree of floats; `fixed` any pytree of arrays that the objective reads besides.
+        start: {path: floats}.
+        fixed: Any pytree of arrays that the objective reads besides.
         sample: Examples; every epoch has an order of its own.
         recipe: How.
         score: (numbers) -> the higher the better; asked for of the start and every `score_every` steps. The best
@@ -134,7 +135,7 @@ def fit(
     every = (score_every or len(sample) // size) if score is not None else recipe.num_steps + 1
     numbers, fixed = jax.tree.map(jnp.asarray, (start, fixed))
     state = FitState(
-        numbers, optimizer.init(numbers), jnp.asarray(0, jnp.int32),
+        numbers, optimizer.init(unflatten(numbers)), jnp.asarray(0, jnp.int32),
         jnp.full(recipe.num_steps, jnp.nan), jnp.full(1 + recipe.num_steps // every, jnp.nan),
         numbers, jnp.asarray(0, jnp.int32),
     )  # fmt: skip
@@ -232,5 +233,5 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
 def _update(objective, forward, optimizer, numbers, opt_state, fixed, batch, key):
     """(numbers, optimiser's state, loss before) of one step."""
     loss, gradient = jax.value_and_grad(lambda numbers: objective(forward, numbers, fixed, batch, key))(numbers)
-    updates, opt_state = optimizer.update(gradient, opt_state, numbers)
-    return optax.apply_updates(numbers, updates), opt_state, loss
+    updates, opt_state = optimizer.update(unflatten(gradient), opt_state, unflatten(numbers))
+    return optax.apply_updates(numbers, flatten(updates)), opt_state, loss

@@ -88,7 +88,7 @@ def mergetune(
     check_labelled(sample, "mergetune")
     start, still = split(tuned, sample)
     first = {path: leaf for path, leaf in split(base, sample)[0].items() if path in start}
-    fixed = {"still": still, "first": first, "second": start}
+    fixed = {"still": still, "first": first, "second": start, "pull": np.float32(pull), "line": np.float32(line)}
     if space == "features":
         fixed["first_still"] = {path: leaf for path, leaf in flatten(base).items() if path not in start}
     if fisher is not None:
@@ -99,7 +99,7 @@ def mergetune(
         if any((leaf < 0).any() or not np.isfinite(leaf).all() for leaf in fixed["metric"].values()):
             raise ConfigError("fisher holds numbers that are negative or not finite; a metric has none.")
     found = fit(
-        Loss(space, float(pull), float(line), points), start, fixed, sample, seed=seed, series=series,
+        Loss(space, points), start, fixed, sample, seed=seed, series=series,
         recipe=Recipe(num_steps, learning_rate, batch_size, optimizer),
     )  # fmt: skip
     params = narrow({**found.numbers, **still}, tuned)
@@ -117,11 +117,9 @@ def mergetune(
 
 @dataclass(frozen=True)
 class Loss:
-    """The objective, hashable; see `mergetune`."""
+    """The objective, hashable; see `mergetune`. What it weighs its terms by is among the fixed arrays."""
 
     space: str
-    pull: float
-    line: float
     points: tuple[float, ...]
 
     def __call__(
@@ -137,14 +135,7 @@ class Loss:
 
         # The network itself is the point t = 1: one loop, and so one compiled pass, for all.
         losses = jax.lax.map(loss_at, jnp.asarray([1.0, *self.points], jnp.float32))
-        return losses[0] + self.pull * self._distance(numbers, fixed) + self._line(losses[1:])
-
-    def _distance(self, numbers, fixed):
-        metric = fixed.get("metric", {})
-        return 0.5 * sum(
-            jnp.sum(metric.get(path, jnp.float32(1.0)) * jnp.square(leaf - fixed["first"][path]))
-            for path, leaf in numbers.items()
-        )
+        return losses[0] + fixed["pull"] * _distance(numbers, fixed) + _mean_line(losses, fixed)
 
     def _in_features(self, forward, numbers, fixed, batch):
         embeddings = getattr(forward, "embeddings", None)
@@ -162,7 +153,17 @@ class Loss:
         losses = jax.lax.map(loss_at, jnp.asarray([1.0, *self.points], jnp.float32))
         if cosine.ndim > 1:
             cosine = jnp.mean(cosine, axis=tuple(range(1, cosine.ndim)))
-        return losses[0] + self.pull * (1.0 - weighted_mean(cosine, batch)) + self._line(losses[1:])
+        return losses[0] + fixed["pull"] * (1.0 - weighted_mean(cosine, batch)) + _mean_line(losses, fixed)
 
-    def _line(self, losses):
-        return self.line * jnp.mean(losses) if self.points else 0.0
+
+def _distance(numbers, fixed):
+    metric = fixed.get("metric", {})
+    return 0.5 * sum(
+        jnp.sum(metric.get(path, jnp.float32(1.0)) * jnp.square(leaf - fixed["first"][path]))
+        for path, leaf in numbers.items()
+    )
+
+
+def _mean_line(losses, fixed):
+    """λ times the mean behind the first, which is that of the network itself."""
+    return fixed["line"] * jnp.mean(losses[1:]) if len(losses) > 1 else jnp.float32(0.0)
