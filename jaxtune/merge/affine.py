@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.merge.aligned import copy_aligned
 from jaxtune.merge.view import Combine, Elements
 from jaxtune.types import Leaf
 
@@ -67,25 +68,26 @@ def _are_options(numbers: Sequence[Any]) -> bool:
 
 def sum_groups(elements: Elements, factors: tuple, total: Any, *, groups: tuple, plain: tuple, divides: bool) -> Leaf:
     """`Σ factors_n · (sum of the models, or base, at groups_n) / total`; `plain` where a factor is one."""
-    merged, is_ours = None, False  # a model's own array is not written to
+    merged = None
     for places, factor, is_plain in zip(groups, factors, plain, strict=True):
-        part, is_fresh = _take(elements, place=places[0]), False
+        part = _own(elements, places[0])
         for place in places[1:]:
-            part, is_fresh = _add(part, _take(elements, place=place), in_place=is_fresh), True
+            part += _take(elements, place=place)
         if not is_plain:
-            part, is_fresh = part * factor, True
+            part *= factor
         if merged is None:
-            merged, is_ours = part, is_fresh
+            merged = part
         else:
-            merged, is_ours = _add(merged, part, in_place=is_ours), True
-    return merged / total if divides else merged
+            merged += part
+    if divides:
+        merged /= total
+    return merged
 
 
-def _add(one, other, *, in_place):
-    if not in_place:
-        return one + other
-    one += other
-    return one
+def _own(elements, place):
+    if place != BASE:
+        return elements.own_model(place)
+    return elements.base if elements.xp is not np else copy_aligned(elements.base, elements.base.dtype)
 
 
 def _take(elements, *, place):

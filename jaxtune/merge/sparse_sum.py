@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from jaxtune.merge.affine import is_known, only_whole, sum_exactly, take
-from jaxtune.merge.masks import sign_of
+from jaxtune.merge.aligned import copy_aligned
+from jaxtune.merge.masks import sign_of, signs_of, turn, turn_and_clip
 from jaxtune.merge.sparsify import Cut, sparse_delta
 from jaxtune.merge.view import Combine, Elements, View, sum_wide
 from jaxtune.types import Leaf
@@ -43,9 +44,15 @@ def _add_cut(elements, coefficients, numbers, *, rules, order):
     merged = None
     for model in order:
         if rules[model] != "none":
-            part = sparse_delta(elements, model, rules[model], numbers[model]) * coefficients[model]
-            merged = part if merged is None else merged + part
-    return elements.base if merged is None else elements.base + merged
+            part = sparse_delta(elements, model, rules[model], numbers[model], coefficients[model])
+            if merged is None:
+                merged = part
+            else:
+                merged += part
+    if merged is None:
+        return elements.base
+    merged += elements.base
+    return merged
 
 
 def add_elected(
@@ -86,7 +93,6 @@ def add_elected(
         "rules": tuple(cut.rule for cut in cuts),
         "order": order,
         "vote": vote,
-        "plain": tuple(is_known(one, 1.0) for one in factors),
     }
     at_zero = 0.0 if zero_vote == "none" else 1.0
     if zero_vote == "majority":
@@ -107,37 +113,53 @@ def _add_elected(
     xp = elements.xp
     values = _values(elements, factors, numbers, **cut)
     votes = _votes(xp, values, vote)
-    sign = sign_of(votes >= 0, votes.dtype)
-    if not zero_is_plus:
-        sign = sign + (votes == 0).astype(votes.dtype) * (at_zero - 1.0)  # a vote of zero counted as plus
+    if zero_is_plus:
+        signs = signs_of(xp, votes)
+    else:
+        signs = sign_of(votes >= 0, votes.dtype)
+        signs += (votes == 0).astype(votes.dtype) * (at_zero - 1.0)  # a vote of zero counted as plus
     merged = share = None
     for value, factor in zip(values, weight, strict=True):
-        agreeing = xp.maximum(value * sign, 0.0)  # in the direction of the elected sign
-        part = agreeing if weigh_votes else agreeing * factor
-        merged = part if merged is None else merged + part
+        # In the direction of the elected sign.
+        agreeing = turn_and_clip(xp, signs, value) if zero_is_plus else xp.maximum(value * signs, 0.0)
         if normalize:
             agrees = (agreeing > 0).astype(np.int16 if normalize == "count" else votes.dtype)
-            agrees = agrees if normalize == "count" else agrees * factor
+            if normalize != "count":
+                agrees *= factor
             share = agrees if share is None else share + agrees
+        if not weigh_votes:
+            agreeing *= factor
+        if merged is None:
+            merged = agreeing
+        else:
+            merged += agreeing
     if normalize:
-        merged = merged / (share + (share == 0).astype(share.dtype)).astype(merged.dtype)
-    merged = merged * sign
-    return elements.base + (merged * scale if scales else merged)
+        share = share if normalize == "count" else share + (share == 0).astype(share.dtype)
+        merged /= xp.maximum(share, 1).astype(merged.dtype) if normalize == "count" else share
+    merged = turn(xp, signs, merged) if zero_is_plus else merged * signs
+    if scales:
+        merged *= scale
+    merged += elements.base
+    return merged
 
 
-def _values(elements: Elements, factors, numbers, *, rules, order, plain) -> list[Leaf]:
+def _values(elements: Elements, factors, numbers, *, rules, order) -> list[Leaf]:
     """Cut task vectors, rescaled and, where votes are, weighted."""
     cut = zip(order, rules, numbers, strict=True)
-    deltas = [sparse_delta(elements, model, rule, number) for model, rule, number in cut]
-    scaled = zip(deltas, factors, plain, strict=True)
-    return [delta if is_plain else delta * factor for delta, factor, is_plain in scaled]
+    return [
+        sparse_delta(elements, model, rule, number, factor)
+        for (model, rule, number), factor in zip(cut, factors, strict=True)
+    ]
 
 
 def _votes(xp, values, vote):
     votes = None
     for value in values:
         part = value if vote == "sum" else xp.sign(value)
-        votes = part if votes is None else votes + part
+        if votes is None:
+            votes = copy_aligned(part, part.dtype) if xp is np else part
+        else:
+            votes += part
     return votes
 
 

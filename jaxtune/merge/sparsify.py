@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxtune.errors import ConfigError
-from jaxtune.merge.masks import keep
+from jaxtune.merge.masks import keep_scaled, pack, weigh
 from jaxtune.merge.options import check_between, check_choice
-from jaxtune.merge.view import Elements, Rank, View, sum_wide
+from jaxtune.merge.view import Elements, Rank, View, dot_wide, sum_wide
 from jaxtune.types import Leaf
 
 Rule = Literal["all", "none", "top", "at_least", "band", "random", "ranked"]
@@ -52,32 +52,36 @@ def cut_random(density: Any) -> Cut:
 
 def magnitude(elements: Elements, *, model: int) -> Leaf:
     """Of one task vector."""
-    return elements.xp.abs(elements.deltas[model])
+    return elements.xp.abs(elements.own_delta(model))
 
 
-def sparse_delta(elements: Elements, model: int, rule: Rule, numbers: tuple) -> Leaf:
-    """A task vector, zero where it is cut."""
-    delta = elements.deltas[model]
-    if rule == "all":
-        return delta
+def sparse_delta(elements: Elements, model: int, rule: Rule, numbers: tuple, factor: Any = 1.0) -> Leaf:
+    """A task vector times a factor, zero where it is cut; the caller may write into it."""
     if rule == "none":
-        return elements.xp.zeros_like(delta)
-    return keep(elements.xp, _mask(elements, model, rule, numbers), delta)
+        return elements.xp.zeros_like(elements.base)
+    delta = elements.own_delta(model)
+    if rule != "all":
+        return keep_scaled(elements.xp, _mask(elements, model, rule, numbers, delta), delta, factor)
+    delta *= factor
+    return delta
 
 
-def _mask(elements, model, rule, numbers):
+def _mask(elements, model, rule, numbers, delta):
+    """What of a task vector (or of its magnitudes) is kept, as `Elements.remember` has it."""
     if rule == "random":
         return elements.remember((rule, model), lambda: elements.below(model, numbers[0]))
+    sizes = elements.xp.abs(delta)
     if rule == "ranked":
-        return elements.remember((rule, model), lambda: _mask_by_rank(elements, model, *numbers))
-    sizes = elements.xp.abs(elements.deltas[model])
+        return elements.remember((rule, model), lambda: _mask_by_rank(elements, model, sizes, *numbers))
     if rule == "at_least":
-        return sizes >= numbers[0]
-    if rule == "top":
-        return within(elements, sizes, *numbers)
-    if rule == "band":
-        return within(elements, sizes, *numbers[:2]) & ~within(elements, sizes, *numbers[2:])
-    raise AssertionError(rule)
+        kept = sizes >= numbers[0]
+    elif rule == "top":
+        kept = within(elements, sizes, *numbers)
+    elif rule == "band":
+        kept = within(elements, sizes, *numbers[:2]) & ~within(elements, sizes, *numbers[2:])
+    else:
+        raise AssertionError(rule)
+    return pack(kept) if elements.xp is np else kept
 
 
 def within(elements: Elements, sizes: Leaf, value: Any, last: Any, *, is_exact: bool = True) -> Leaf:
@@ -105,15 +109,13 @@ def within(elements: Elements, sizes: Leaf, value: Any, last: Any, *, is_exact: 
     return kept
 
 
-def _mask_by_rank(elements, model, density, epsilon):
+def _mask_by_rank(elements, model, sizes, density, epsilon):
     """Odds from `density - epsilon` for the smallest of a row, in equal steps, to `density + epsilon` for the largest.
 
     A uniform number says which rank an element must exceed; the value that has that rank in the sorted row decides.
     Sorting values is several times faster than ranking them, and equal values share the odds of their middle rank.
     """
-    xp = elements.xp
-    sizes = xp.abs(elements.deltas[model])
-    length = sizes.shape[1]
+    xp, length = elements.xp, sizes.shape[1]
     if length == 1:
         return elements.uniform(model) < density
     place = elements.uniform(model)
@@ -171,9 +173,10 @@ def sum_norms(elements: Elements, numbers: tuple, *, rules: tuple, models: tuple
     """
     xp, rows = elements.xp, []
     for model, rule, cut in zip(models, rules, numbers, strict=True):
-        sizes = xp.abs(elements.deltas[model]) if power == 1 else elements.deltas[model] ** 2
-        kept = keep(xp, _mask(elements, model, rule, cut), sizes)
-        rows.append(xp.stack([sum_wide(elements, sizes), sum_wide(elements, kept)]))
+        delta = elements.own_delta(model)
+        weights = weigh(xp, _mask(elements, model, rule, cut, delta), delta)
+        sizes = xp.abs(delta) if power == 1 else delta**2
+        rows.append(xp.stack([sum_wide(elements, sizes), dot_wide(elements, sizes, weights)]))
     return xp.stack(rows)
 
 

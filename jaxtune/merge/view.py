@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.merge.aligned import copy_aligned
+from jaxtune.merge.masks import pack
 from jaxtune.merge.random_bits import Stream, draw_below, draw_uniform
 from jaxtune.types import Leaf
 
@@ -37,6 +39,10 @@ class MadeOnUse(Sequence):
         if n not in self._made:
             self._made[n] = self._make(n)
         return self._made[n]
+
+    def own(self, n: int) -> Leaf:
+        """An item that the caller may write into: made for it alone, unless it is kept and has to be copied."""
+        return copy_aligned(self._made[n], self._made[n].dtype) if n in self._made else self._make(n)
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,26 @@ class Elements:
         """The task vectors: every model minus the base; each is made when it is asked for."""
         return MadeOnUse(len(self.models), lambda model: self.models[model] - self.base)
 
+    def own_model(self, model: int) -> Leaf:
+        """One model for a caller who uses it once, and may write into it where arrays can be written into."""
+        if isinstance(self.models, MadeOnUse):
+            return self.models.own(model)
+        one = self.models[model]
+        return copy_aligned(one, one.dtype) if self.xp is np else one
+
+    def own_delta(self, model: int) -> Leaf:
+        """One task vector, likewise."""
+        delta = self.own_model(model)
+        delta -= self.base
+        return delta
+
     def uniform(self, model: int) -> Leaf:
         """Numbers in [0, 1) of one model, which depend on seed, model, leaf and element alone; float32."""
-        return draw_uniform(self.xp, self.streams[model], self.start, self.models[model].shape)
+        return draw_uniform(self.xp, self.streams[model], self.start, self.base.shape)
 
     def below(self, model: int, share: Any) -> Leaf:
         """True with probability `share`: random bits of one model, as `uniform` has them, at half the cost."""
-        return draw_below(self.xp, self.streams[model], self.start, self.models[model].shape, share)
+        return draw_below(self.xp, self.streams[model], self.start, self.base.shape, share)
 
     def remember(self, key: Any, make: Callable[[], Leaf]) -> Leaf:
         """A mask that a method needs in more than one pass over a leaf: made once where there is room to keep its bits.
@@ -85,15 +104,17 @@ class Elements:
         Args:
             key: Of the mask, among those of this leaf.
             make: Makes it: bool, one an element.
+
+        Returns:
+            The mask; on the host its bits, packed: see `masks.keep`.
         """
-        if self.memo is None:
+        if self.xp is not np:
             return make()
-        if key in self.memo:
-            bits, shape = self.memo[key]
-            return np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape)
-        mask = make()
-        self.memo[key] = np.packbits(mask.reshape(-1)), mask.shape
-        return mask
+        if self.memo is None:
+            return pack(make())
+        if key not in self.memo:
+            self.memo[key] = pack(make())
+        return self.memo[key]
 
     @property
     def dtype(self) -> Any:

@@ -15,6 +15,22 @@ MOST_REMEMBERED = 1 << 28  # bits of masks a leaf
 GRAINS = ("element", "row", "leaf")  # from the finest: what can be merged by itself
 
 
+class StoredElements(Elements):
+    """Elements of which the base, like each model, is read when it is asked for."""
+
+    @property
+    def base(self):
+        """As `Elements.base`."""
+        if self._base is None and self._read_base is not None:
+            object.__setattr__(self, "_base", self._read_base())
+        return self._base
+
+    @base.setter
+    def base(self, read):
+        object.__setattr__(self, "_base", None)
+        object.__setattr__(self, "_read_base", read)
+
+
 class StoredLeaf:
     """One leaf of several models in their files.
 
@@ -56,10 +72,10 @@ class StoredLeaf:
         def read(reader):
             return reader.read(low, high, self.dtype).reshape(shape)
 
-        return Elements(
+        return StoredElements(
             xp=np,
             models=MadeOnUse(len(self.models), lambda model: read(self.models[model])),
-            base=None if self.base is None else read(self.base),
+            base=None if self.base is None else lambda: read(self.base),
             start=start + low,
             streams=self.streams,
             extras=self._read_extras(low, high, shape),

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxtune.checkpoint.rounding import round_to_stored
 from jaxtune.lazy import is_lazy
+from jaxtune.merge.aligned import copy_aligned
 
 
 class TensorReader:
@@ -49,7 +50,7 @@ class TensorReader:
 
     def read(self, low: int, high: int, wide: np.dtype) -> np.ndarray:
         """Elements `low` to `high` of the flattened tensor, in `wide`; the caller owns them."""
-        return self.read_rounded(low, high).astype(wide)
+        return copy_aligned(self.read_rounded(low, high), wide)
 
     def read_rounded(self, low: int, high: int) -> np.ndarray:
         """The same, in the dtype that the recipe rounds to; possibly a view of the file."""
