@@ -191,7 +191,7 @@ def test_what_cannot_be_is_refused_by_name():
 def test_every_method_is_described():
     for name, method in registry.METHODS.items():
         assert "" not in (method.summary, method.reference), name
-        assert method.samples in ("a model", "together", "target and control"), name
+        assert method.samples in ("a model", "together", "target and control", "any"), name
         assert method.data in ("labelled examples", "unlabelled inputs"), name
         assert "seed" in method.options, name
         assert "series" not in method.options, name

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtune.compose.ada_merging import ada_merging
+from jaxtune.compose.ada_rank import ada_rank
 from jaxtune.compose.atlas import atlas, atlas_few_shot, atlas_negation, atlas_test_time
 from jaxtune.compose.composition import Composition
+from jaxtune.compose.depth_scales import lines
+from jaxtune.compose.sca_learn import sca_learn
+from jaxtune.compose.sy_merge import sy_merge
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.types import Params
@@ -25,7 +29,7 @@ class Method:
         data: What it needs beyond weights: "labelled examples" or "unlabelled inputs".
         reference: Where it comes from.
         samples: "a model": one sample for each fine-tuned model, of its task; "together": one for all of them;
-            "target and control": two, whatever the number of models.
+            "target and control": two, whatever the number of models; "any": the method says.
     """
 
     run: Callable[..., Composition]
@@ -47,6 +51,32 @@ METHODS: dict[str, Method] = {
         "one coefficient a task, or a task and leaf, by entropy or by what the experts say",
         "unlabelled inputs",
         "arXiv:2310.02575",
+    ),
+    "ada_rank": Method(
+        ada_rank,
+        "which singular components of each task vector stay, by entropy or by what the experts say",
+        "unlabelled inputs",
+        "arXiv:2503.22178",
+    ),
+    "sy_merge": Method(
+        sy_merge,
+        "a trunk for all tasks and a layer for each, taught by the experts; several models that share a trunk",
+        "unlabelled inputs",
+        "arXiv:2412.19098",
+    ),
+    "sca_learn": Method(
+        sca_learn,
+        "every output weighs the sources for itself; uniform and shared forms",
+        "labelled examples",
+        "arXiv:2310.01217",
+        samples="any",
+    ),
+    "lines": Method(
+        lines,
+        "scales that grow with depth, their strength chosen by examples",
+        "labelled examples",
+        "arXiv:2410.17146",
+        samples="any",
     ),
     "atlas": Method(
         atlas,
