@@ -145,6 +145,38 @@ def add_chunk(kernel, moving, still, aux, total, batch):
     return jax.tree.map(jnp.add, total, kernel(moving, still, aux, batch))
 
 
+def check_sample(sample: Sample, params: Params, *, is_labelled: bool) -> None:
+    """Checks that a sample can be learned from.
+
+    Args:
+        sample: Examples.
+        params: Of a network that is to see them.
+        is_labelled: Whether labels are needed.
+
+    Raises:
+        DataError: there are no examples, an input holds NaN, there are no labels where they are needed, or one is no
+            class of the network's; names the sample.
+    """
+    if not len(sample):
+        raise DataError(f"{sample.name}: there are no examples.")
+    for name, values in sample.batch.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise DataError(f"{sample.name}: {name!r} holds NaN or Inf.")
+    if not is_labelled:
+        return
+    if not sample.is_labelled:
+        raise DataError(f"{sample.name}: the examples have no labels, and this learns from labels.")
+    one = {name: values[:1] for name, values in sample.batch.items()}
+    num_classes = jax.eval_shape(partial(ask, sample.forward), jax.tree.map(_shape_of, params), one).shape[-1]
+    labels = sample.batch["label"]
+    if "valid" in sample.batch:
+        labels = labels[sample.batch["valid"]]
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        raise DataError(
+            f"{sample.name}: labels {labels.min()} to {labels.max()}, the network has {num_classes} classes."
+        )
+
+
 def with_teacher(sample: Sample, teacher: Params, *, chunk_size: int = 64) -> Sample:
     """The sample with `batch["teacher"]`: the logits of a network that is to be followed, in float32."""
     return replace(sample, batch={**sample.batch, "teacher": predict(sample, teacher, chunk_size=chunk_size)})
@@ -176,6 +208,10 @@ def predict(sample: Sample, params: Params, *, chunk_size: int = 64) -> np.ndarr
 @partial(jax.jit, static_argnames="forward")
 def _logits(forward, params, batch):
     return ask(forward, params, batch).astype(jnp.float32)
+
+
+def _shape_of(leaf):
+    return jax.eval_shape(widen, jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)))
 
 
 def widen(leaf: Leaf) -> jax.Array:
