@@ -11,11 +11,11 @@ TOKENIZER_NAMES = ("tokenizer.json", "vocab.json", "vocab.txt")
 ADDED_NAMES = ("added_tokens.json",)
 
 
-def read_tokens(side_files: Mapping[str, Path]) -> dict[str, int] | None:
+def read_tokens(side_files: Mapping[str, Path | bytes]) -> dict[str, int] | None:
     """Token -> row, from the first tokenizer file there is: tokenizer.json, vocab.json, vocab.txt.
 
     Args:
-        side_files: Name -> where to read it, of one checkpoint.
+        side_files: Name -> where to read it, or what it holds, of one checkpoint.
 
     Returns:
         None where there is no such file (a sentencepiece model alone is not read).
@@ -26,16 +26,16 @@ def read_tokens(side_files: Mapping[str, Path]) -> dict[str, int] | None:
     name = next((name for name in TOKENIZER_NAMES if name in side_files), None)
     if name is None:
         return None
-    place = side_files[name]
+    place, data = _read(name, side_files)
     if name == "vocab.txt":
-        tokens = _read_lines(place)
+        tokens = _read_lines(place, data)
     else:
-        content = parse_object(read_small(place), str(place))
+        content = parse_object(data, str(place))
         tokens = _of_tokenizer(place, content) if name == "tokenizer.json" else _check_rows(place, content)
     for added in ADDED_NAMES:
         if added in side_files:
-            more = parse_object(read_small(side_files[added]), str(side_files[added]))
-            tokens = tokens | _check_rows(side_files[added], more)
+            where, data = _read(added, side_files)
+            tokens = tokens | _check_rows(where, parse_object(data, str(where)))
     rows: dict[int, str] = {}
     for token, row in tokens.items():
         if rows.setdefault(row, token) != token:
@@ -45,9 +45,15 @@ def read_tokens(side_files: Mapping[str, Path]) -> dict[str, int] | None:
     return tokens
 
 
-def _read_lines(place):
+def _read(name, side_files):
+    """(what messages call it, content)."""
+    place = side_files[name]
+    return (name, place) if isinstance(place, bytes) else (place, read_small(place))
+
+
+def _read_lines(place, data):
     try:
-        lines = read_small(place).decode("utf-8").split("\n")
+        lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{place}: not UTF-8 text: {error.reason} at byte {error.start}.") from error
     if lines and not lines[-1]:

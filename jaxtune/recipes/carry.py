@@ -93,9 +93,6 @@ def check_transport(model: Transported) -> None:
     for option in model.options:
         if option not in known:
             raise unknown_name(f"option of transport method {model.method!r}", option, known)
-    for role in ("base", "finetuned", "target"):
-        if isinstance(getattr(model, role), Planned):
-            raise ConfigError(f"{getattr(model, role).path}: an earlier merge of this file. Make that merge first.")
     three = {"its former base": model.base, "the model": model.finetuned, "base_model": model.target}
     check_same_architecture(three, roles_with_own_words=list(three)[:2])
 

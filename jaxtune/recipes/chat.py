@@ -69,11 +69,11 @@ def choose_template(recipe: Recipe, models: Sequence[Opened]) -> tuple[str | Non
 
 def read_template(side_files: Mapping[str, Any]) -> str | None:
     """The chat template of a model; of several that it names, the default one."""
-    if isinstance(side_files.get(FILE), Path):
-        return read_small(side_files[FILE]).decode("utf-8", "replace")
-    if not isinstance(side_files.get(SETTINGS), Path):
+    if FILE in side_files:
+        return _read(side_files[FILE]).decode("utf-8", "replace")
+    if SETTINGS not in side_files:
         return None
-    template = parse_object(read_small(side_files[SETTINGS]), str(side_files[SETTINGS])).get("chat_template")
+    template = parse_object(_read(side_files[SETTINGS]), SETTINGS).get("chat_template")
     if isinstance(template, list):
         template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
     if isinstance(template, dict):
@@ -85,9 +85,12 @@ def put_template(files: dict[str, Any], template: str) -> None:
     """Writes a template among the files of the output, in both places that releases of transformers look in."""
     files[FILE] = template.encode()
     if SETTINGS in files:
-        data = files[SETTINGS] if isinstance(files[SETTINGS], bytes) else read_small(files[SETTINGS])
-        settings = parse_object(data, SETTINGS) | {"chat_template": template}
+        settings = parse_object(_read(files[SETTINGS]), SETTINGS) | {"chat_template": template}
         files[SETTINGS] = (json.dumps(settings, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _read(place) -> bytes:
+    return place if isinstance(place, bytes) else read_small(Path(place))
 
 
 def _unknown(recipe, name) -> RecipeError:

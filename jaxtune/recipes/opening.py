@@ -76,14 +76,12 @@ def open_reference(
     if reference.architecture is not None:
         stored = dataclasses.replace(stored, config={**stored.config, "architectures": [reference.architecture]})
     if reference.lora is not None:
-        if isinstance(stored, Planned):
-            raise node.error("an adapter on top of an earlier merge of this file: make that merge first.")
         place = find_folder(reference.lora, reference.lora_revision, node, folder)
         if not _is_adapter(place):
             raise node.error(f"{reference.lora!r} is no adapter: there is no adapter_config.json in {place}.")
-        from jaxtune.recipes.adapted import adapt  # with it come our networks, and JAX
+        from jaxtune.recipes.adapted import adapt, plan_adapted  # with it come our networks, and JAX
 
-        stored = adapt(stored, place)
+        stored = plan_adapted(stored, place) if isinstance(stored, Planned) else adapt(stored, place)
     return describe(str(reference), stored)
 
 

@@ -131,10 +131,6 @@ def plan_vocabulary(
         involved: Models that go into the result: a union holds their tokens, and not those of a model's former base.
     """
     notes: list[str] = []
-    for model in models:
-        if any(isinstance(place, bytes) for place in model.side_files.values()):
-            problems.append(f"{model.label}: its tokenizer comes from an earlier merge of this file. Make that first.")
-            return None
     known: list[dict[str, int] | None] = [read_tokens(model.side_files) for model in models]
     sizes = [_num_rows(model) for model in models]
     source = base if isinstance(block.source, str) else index_of[block.source]
