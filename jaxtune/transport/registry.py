@@ -11,6 +11,7 @@ from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.transport.auto import prepare_auto
 from jaxtune.transport.full import prepare_full
+from jaxtune.transport.gradfix import prepare_align_then_mask, prepare_gradfix, prepare_gradfix_teacher
 from jaxtune.transport.identity import prepare_identity
 from jaxtune.transport.orthogonal_shift import prepare_orthogonal_shift
 from jaxtune.transport.permutation import prepare_permutation
@@ -77,7 +78,30 @@ METHODS: dict[str, Method] = {
         "none",
         "arXiv:2505.22697",
     ),
+    "gradfix": Method(
+        prepare_gradfix,
+        "keep the entries that the new base's gradients on the examples point at",
+        "labelled examples",
+        "arXiv:2510.09658",
+    ),
+    "gradfix_teacher": Method(
+        prepare_gradfix_teacher,
+        "the same without labels: the fine-tuned source says what each input is",
+        "unlabelled inputs",
+        "this project; arXiv:2510.09658",
+    ),
+    "align_then_mask": Method(
+        prepare_align_then_mask,
+        "full, then masked by gradients: by labels where there are any, else by the fine-tuned source's word",
+        "unlabelled inputs",
+        "this project",
+    ),
 }
+
+
+def without_data() -> tuple[str, ...]:
+    """Names of the methods that need nothing beyond weights."""
+    return tuple(name for name, method in METHODS.items() if method.data == "none")
 
 
 def prepare_transport(
