@@ -109,10 +109,7 @@ def realise(spec: Spec, folded: Params, like: Params) -> dict:
             be two leaves.
     """
     form, leaves = _form_of(spec), flatten(folded)
-    if form.entries:
-        raise SpecError(f"{form.entries[0].scale}: a folded entry norm is a matrix; the network has a gain there.")
-    if form.tie is not None:
-        raise SpecError(f"{form.tie.table}: folded, the tied table is two leaves; the network has one.")
+    _refuse_unrealisable(form)
     gains = {norm.scale for norm in form.norms if not norm.counts_from_one} | {gain.scale for gain in form.gains}
 
     def fill(path: str, leaf: Leaf) -> Leaf:
@@ -122,6 +119,38 @@ def realise(spec: Spec, folded: Params, like: Params) -> dict:
         return (found if is_lazy(found) else np.asarray(found)).astype(leaf.dtype)
 
     return unflatten({path: fill(path, leaf) for path, leaf in flatten(like).items()})
+
+
+def is_folded(spec: Spec) -> bool:
+    """Whether a spec is one of folded weights."""
+    return spec.form is not None and not any(path in spec.axes for path in spec.form.dropped)
+
+
+def lay_out(form: Form, folded: Params) -> dict:
+    """Folded weights as a network of the family, as `realise` makes it, in the folded dtype; traceable.
+
+    Raises:
+        SpecError: as `realise`.
+    """
+    _refuse_unrealisable(form)
+    leaves = flatten(folded)
+
+    def full(like, axes, value):
+        like = leaves[like]
+        return np.full(tuple(like.shape[axis] for axis in axes), value, like.dtype)
+
+    rest = {}
+    for norm in form.norms:
+        reader = norm.readers[0]
+        for path, value in ((norm.scale, 0 if norm.counts_from_one else 1), (norm.bias, 0)):
+            if path is not None:
+                rest[path] = full(reader.kernel, (reader.axis,), value)
+    for attention in form.attentions:
+        for path in (attention.v_bias, attention.k_bias):
+            if path is not None:
+                rest[path] = full(attention.v_kernel, range(1, len(leaves[attention.v_kernel].shape)), 0)
+    rest |= {gain.scale: full(gain.writers[0], (-1,), 1) for gain in form.gains}
+    return unflatten(rest | leaves)
 
 
 def can_realise(form: Form) -> bool:
@@ -155,6 +184,13 @@ def unfold(spec: Spec, vector: Params, base: Params, *, dtype: type | None = Non
         return LazyLeaf(leaves[path].shape, unfolding.dtype_of(path), lambda: unfolding.leaf(path))
 
     return Unfolded(unflatten({path: make(path) for path in leaves}), unfolding.lost())
+
+
+def _refuse_unrealisable(form):
+    if form.entries:
+        raise SpecError(f"{form.entries[0].scale}: a folded entry norm is a matrix; the network has a gain there.")
+    if form.tie is not None:
+        raise SpecError(f"{form.tie.table}: folded, the tied table is two leaves; the network has one.")
 
 
 def _form_of(spec) -> Form:
