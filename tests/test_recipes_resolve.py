@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from recipe_oracle import assert_same_plan, model_folder, plan_with_mergekit
 
+from jaxtune import checkpoint
 from jaxtune.recipes.nodes import RecipeError
 from jaxtune.recipes.reading import read_recipe, read_recipes
 from jaxtune.recipes.resolve import plan_result, resolve
+from jaxtune.tree import flatten
 
 pytest.importorskip("mergekit")
 
@@ -427,6 +429,35 @@ merge_method: passthrough
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.isfinite(model(torch.tensor([[1, 5, 7]])).logits).all()
+
+
+def test_stacks_of_t5_are_cut_and_keep_their_table_of_distances(place, tmp_path):
+    import torch
+    import transformers
+
+    from jaxtune.merging import merge_recipe
+
+    one, two = (str(model_folder(place, "t5", seed, num_layers=3, num_decoder_layers=3)) for seed in range(2))
+
+    def slices(*ranges):
+        return {"slices": [{"sources": [{"model": model, "layer_range": list(run)}]} for model, *run in ranges]}
+
+    modules = {"encoder": slices((one, 0, 2), (two, 0, 3)), "decoder": slices((two, 1, 3))}
+    merge_recipe({"modules": modules, "merge_method": "passthrough"}, tmp_path / "out")
+    model, info = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (5, 2)
+    tokens = torch.tensor([[1, 5, 7]])
+    assert torch.isfinite(model(input_ids=tokens, decoder_input_ids=tokens).logits).all()
+    # Distances that the first block holds for all of its stack: those of the first slice, whichever layers it takes.
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    ours, first, second = (flatten(checkpoint.load(folder).params) for folder in (tmp_path / "out", one, two))
+    np.testing.assert_array_equal(ours[f"encoder.{bias}"], first[f"encoder.{bias}"])
+    np.testing.assert_array_equal(ours[f"decoder.{bias}"], second[f"decoder.{bias}"])
+    query = "layer.0.SelfAttention.q.weight"
+    np.testing.assert_array_equal(ours[f"encoder.block.2.{query}"], second[f"encoder.block.0.{query}"])
+    np.testing.assert_array_equal(ours[f"decoder.block.0.{query}"], second[f"decoder.block.1.{query}"])
 
 
 def _leaf(jobs, source):

@@ -20,6 +20,7 @@ FIRST = re.compile(
     r"(^|[./])(embed(?!_out)\w*|wte|wpe|shared|tok_embeddings|\w+_embeddings?|patch\w*|pos_embed|\w+_tokens?|"
     r"pre_lay\w*|ln_pre|norm_pre|conv1|conv_stem|stem|project_in)([./]|$)"
 )
+SHARED = "relative_attention_bias"
 FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "layers")
 SIDES = {  # part of a name -> where config.json speaks of it, and fields beside FIELDS
     "vision": ("vision", "vis"),
@@ -108,9 +109,19 @@ def find_architecture(config: Mapping[str, Any], names: Iterable[str], table: Ke
         if name.startswith("vis") and "vision" in stacks:  # projections out of a tower, beside it
             module = "vision"
         places[name] = Place(module, None, name, FIRST.search(name) is not None)
+    _take_out_shared(places, stacks)
     if not stacks:
         stacks[DEFAULT] = None
     return Architecture(stacks, places)
+
+
+def _take_out_shared(places, stacks) -> None:
+    """Distances that the first layer holds for all of its stack (T5): they stay where they are, as tables do."""
+    found = [name for name, place in places.items() if place.layer is not None and SHARED in place.part]
+    of_stack = {module: [name for name in found if places[name].module == module] for module in stacks}
+    for module, names in of_stack.items():
+        if [places[name].layer for name in names] == [0]:
+            places[names[0]] = Place(module, None, names[0], is_first=True)
 
 
 def find_field(config: Mapping[str, Any], count: int, prefix: str, module: str) -> str | None:
