@@ -34,7 +34,7 @@ import jaxtune as jt
 from jaxtune import tree
 from jaxtune.commands.transport_plan import RUNTIME_BYTES
 from jaxtune.models import registry, vit
-from jaxtune.transport.registry import METHODS
+from jaxtune.transport.registry import without_data
 
 
 def write_models(folder, config):
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("folder", type=Path)
     for name, size in {"width": 512, "depth": 8, "heads": 8, "hidden": 2048}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=without_data(), choices=without_data())
     arguments = parser.parse_args()
     config = vit.Config(
         image_size=224, patch_size=16, width=arguments.width, depth=arguments.depth, num_heads=arguments.heads,

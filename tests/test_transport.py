@@ -16,10 +16,10 @@ from jaxtune.sample import Sample
 from jaxtune.symmetry import canonical
 from jaxtune.transport.orthogonal_shift import prepare_orthogonal_shift
 from jaxtune.transport.prepared import Prepared, apply_transport
-from jaxtune.transport.registry import METHODS, Method, prepare_transport
+from jaxtune.transport.registry import METHODS, Method, prepare_transport, without_data
 
 KEY = jax.random.key(0)
-WITHOUT_DATA = [name for name, method in METHODS.items() if method.data == "none"]
+WITHOUT_DATA = without_data()
 
 
 def toy_symmetry(*, junctions="shared", inside="separate"):

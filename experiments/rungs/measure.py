@@ -23,7 +23,7 @@ from jaxtune.symmetry import canonical
 from jaxtune.symmetry import element as elements
 from jaxtune.transport.controls import draw_as_long
 from jaxtune.transport.prepared import Prepared, apply_transport
-from jaxtune.transport.registry import METHODS, prepare_transport
+from jaxtune.transport.registry import METHODS, prepare_transport, without_data
 from jaxtune.tree import flatten, map_leaves, task_vector
 from jaxtune.types import Params
 
@@ -107,7 +107,7 @@ def ask_other_width(config: Any, wider: Any, source: Params, finetuned: Params) 
     """What each method says to a base of another width: its refusal, or "accepted"."""
     target = registry.init(jax.random.key(0), wider)
     answers = {}
-    for method in METHODS:
+    for method in without_data():
         try:
             prepare_transport(
                 jax.random.key(0), partial(registry.symmetry_of, config), source, finetuned, target, method=method
@@ -122,7 +122,7 @@ def _prepare(key, config, source, finetuned, target, variants):
     """Name -> prepared transport, and seconds each took (the first of a process compiles)."""
     prepared, seconds = {}, {}
     symmetry_of = partial(registry.symmetry_of, config)
-    for name, (method, options) in ({method: (method, {}) for method in METHODS} | dict(variants)).items():
+    for name, (method, options) in ({method: (method, {}) for method in without_data()} | dict(variants)).items():
         began = time.perf_counter()
         prepared[name] = prepare_transport(
             named_key(key, name), symmetry_of, source, finetuned, target, method=method, **options

@@ -20,7 +20,7 @@ from jaxtune.models.readout import class_embeddings
 from jaxtune.rng import named_key
 from jaxtune.transport.controls import draw_as_long
 from jaxtune.transport.prepared import Prepared, apply_transport
-from jaxtune.transport.registry import METHODS, prepare_transport
+from jaxtune.transport.registry import prepare_transport, without_data
 from jaxtune.tree import map_leaves, task_vector
 from jaxtune.types import Params
 
@@ -109,7 +109,7 @@ def tell_story(
 
         row("base", "the new base alone", base)
         prepared = {}
-        for method in METHODS:
+        for method in without_data():
             began = time.perf_counter()
             prepared[method] = prepare_transport(
                 named_key(key, method), symmetry_of, trees["old"], tuned, base, method=method
@@ -146,7 +146,7 @@ def tell_story(
 
 def num_stages() -> int:
     """One per method, one for evidence, scales and lines; for each new base."""
-    return len(TARGETS) * (len(METHODS) + 1)
+    return len(TARGETS) * (len(without_data()) + 1)
 
 
 def _controls(key, spec, source, tuned) -> dict[str, Prepared]:

@@ -10,12 +10,14 @@ import jax
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.transport.auto import prepare_auto
+from jaxtune.transport.bico import prepare_bico
 from jaxtune.transport.full import prepare_full
 from jaxtune.transport.gradfix import prepare_align_then_mask, prepare_gradfix, prepare_gradfix_teacher
 from jaxtune.transport.identity import prepare_identity
 from jaxtune.transport.orthogonal_shift import prepare_orthogonal_shift
 from jaxtune.transport.permutation import prepare_permutation
 from jaxtune.transport.prepared import Prepared, Symmetry
+from jaxtune.transport.theseus import prepare_theseus
 from jaxtune.transport.transfusion import prepare_transfusion
 from jaxtune.types import Params
 
@@ -77,6 +79,18 @@ METHODS: dict[str, Method] = {
         "heads by singular values, one order of the stream per junction",
         "none",
         "arXiv:2505.22697",
+    ),
+    "theseus": Method(
+        prepare_theseus,
+        "a rotation for every side of every matrix, from activations on the same inputs; widths may differ",
+        "unlabelled inputs",
+        "arXiv:2602.12952",
+    ),
+    "bico": Method(
+        prepare_bico,
+        "the same with the outputs' rotations from gradients, with labels or without",
+        "unlabelled inputs",
+        "arXiv:2605.28444",
     ),
     "gradfix": Method(
         prepare_gradfix,
