@@ -62,3 +62,42 @@ def _name_of(key, spec, options):
     groups = [(name, group.kind, group.size) for name, group in spec.groups.items()]
     facts = [np.asarray(jax.random.key_data(key)).tolist(), dict(sorted(options.items())), groups]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] + ".npz"
+
+
+def keep_progress(key: jax.Array, options: Mapping[str, Any], state: Any, facts: Mapping[str, Any]) -> None:
+    """Keeps the state of a training that is under way, where there is a folder for it; the last one alone.
+
+    Args:
+        key, options: By which the training is known.
+        state: Tree of arrays.
+        facts: Plain values beside it.
+    """
+    folder = _FOLDER.get()
+    if folder is None:
+        return
+    place = folder / _name_of_progress(key, options)
+    part = place.with_suffix(".part")
+    with open(part, "wb") as file:
+        arrays = {f"leaf {n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(state))}
+        np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
+    part.rename(place)
+
+
+def recall_progress(key: jax.Array, options: Mapping[str, Any], like: Any) -> tuple[Any, dict[str, Any]] | None:
+    """(state, facts) as `keep_progress` was given them last; None where there is nothing, or nothing of this shape."""
+    folder = _FOLDER.get()
+    place = None if folder is None else folder / _name_of_progress(key, options)
+    if place is None or not place.exists():
+        return None
+    leaves, structure = jax.tree.flatten(like)
+    with np.load(place, allow_pickle=False) as stored:
+        facts = json.loads(str(stored["facts"]))
+        kept = [stored[name] for name in stored.files if name != "facts"]
+    if [leaf.shape for leaf in kept] != [np.shape(leaf) for leaf in leaves]:
+        return None
+    return jax.tree.unflatten(structure, kept), facts
+
+
+def _name_of_progress(key, options):
+    facts = ["progress", np.asarray(jax.random.key_data(key)).tolist(), dict(sorted(options.items()))]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] + ".npz"

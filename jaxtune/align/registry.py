@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from jaxtune.align.activations import match_activations
+from jaxtune.align.learned import match_learned, match_sinkhorn, match_straight_through
 from jaxtune.align.transfusion import match_transfusion
 from jaxtune.align.weights import MatchResult, match_weights
 from jaxtune.errors import ConfigError, unknown_name
@@ -103,6 +105,43 @@ METHODS: dict[str, Method] = {
         "heads by singular values, one order of the stream per junction",
         "none",
         "arXiv:2505.22697",
+    ),
+    "activations": Method(
+        match_activations,
+        PLAIN_SPEC,
+        "orders by the correlation of units, heads by their circuits; exact symmetry",
+        "unlabelled inputs",
+        "arXiv:1511.07543; arXiv:2403.00986",
+    ),
+    "activations_full": Method(
+        match_activations,
+        {},
+        "the same by the whole group, on folded weights: rotations of the stream, invertible maps inside heads",
+        "unlabelled inputs",
+        "arXiv:2403.00986; this project",
+        is_folded=True,
+    ),
+    "straight_through": Method(
+        match_straight_through,
+        PLAIN_SPEC,
+        "orders learned through the assignment, so that the line between the models predicts as its ends; exact",
+        "unlabelled inputs",
+        "arXiv:2209.04836",
+    ),
+    "sinkhorn": Method(
+        match_sinkhorn,
+        PLAIN_SPEC,
+        "the same through Sinkhorn's iteration, hard at the end; exact symmetry",
+        "unlabelled inputs",
+        "arXiv:2212.12042",
+    ),
+    "learned": Method(
+        match_learned,
+        {},
+        "rotations and maps inside heads learned from the start that full gives, on folded weights; exact symmetry",
+        "unlabelled inputs",
+        "arXiv:2506.22712",
+        is_folded=True,
     ),
 }
 
