@@ -33,6 +33,7 @@ class Metrics:
         accuracy: Share of examples whose most probable class is the label.
         top_k_accuracy: Share of examples whose label is among the `top_k` most probable classes.
         top_k: As asked.
+        balanced_accuracy: Mean over the classes that the source has of the accuracy on each: rare ones count as much.
         loss: Mean negative log-probability of the label, in nats.
         calibration_error: Expected difference between confidence and accuracy, over 15 equal bins of confidence.
         num_examples: Size of the source.
@@ -41,6 +42,7 @@ class Metrics:
     accuracy: float
     top_k_accuracy: float
     top_k: int
+    balanced_accuracy: float
     loss: float
     calibration_error: float
     num_examples: int
@@ -117,6 +119,21 @@ def metrics_of(scores: Mapping[str, np.ndarray], *, top_k: int) -> Metrics:
         DataError: a label that the model has no class for.
         NonFiniteError: the model's outputs are NaN.
     """
+    check_scores(scores)
+    is_correct = scores["rank"] == 0
+    return Metrics(
+        accuracy=float(np.mean(is_correct)),
+        top_k_accuracy=float(np.mean(scores["rank"] < top_k)),
+        top_k=top_k,
+        balanced_accuracy=balanced_accuracy(is_correct, scores["label"]),
+        loss=float(np.mean(scores["loss"], dtype=np.float64)),
+        calibration_error=calibration_error(scores["confidence"], is_correct),
+        num_examples=len(is_correct),
+    )
+
+
+def check_scores(scores: Mapping[str, np.ndarray]) -> None:
+    """Raises what `metrics_of` raises, where the scores are of a label without a class, or of outputs that are NaN."""
     if np.any(scores["rank"] < 0):
         raise DataError(
             f"example {int(np.argmax(scores['rank'] < 0))} has a label that the model has no class for. "
@@ -127,15 +144,6 @@ def metrics_of(scores: Mapping[str, np.ndarray], *, top_k: int) -> Metrics:
             f"the model's outputs are NaN, first for example {int(np.argmax(np.isnan(scores['loss'])))}. "
             "Its parameters hold NaN or Inf, or overflow: tree.check_finite says where."
         )
-    is_correct = scores["rank"] == 0
-    return Metrics(
-        accuracy=float(np.mean(is_correct)),
-        top_k_accuracy=float(np.mean(scores["rank"] < top_k)),
-        top_k=top_k,
-        loss=float(np.mean(scores["loss"], dtype=np.float64)),
-        calibration_error=calibration_error(scores["confidence"], is_correct),
-        num_examples=len(is_correct),
-    )
 
 
 @partial(jax.jit, static_argnames="config")
@@ -149,12 +157,17 @@ def score_batch(
         result["rank"]: int32[N]. Number of classes placed before the label, equal logits by index; C where they
             are NaN, -1 where the label is not a class.
         result["confidence"]: float32[N]. Probability of the most probable class.
+        result["label"]: int[N], as in the batch.
     """
     outputs = registry.apply(config, params, batch)
-    logits = outputs if embeddings is None else read_out(outputs, embeddings)
+    return score_logits(outputs if embeddings is None else read_out(outputs, embeddings), batch["label"])
+
+
+def score_logits(logits: jax.Array, label: jax.Array) -> dict[str, jax.Array]:
+    """Scores of each example as `score_batch` gives them, of logits float[N, C] that are there already."""
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     classes = jnp.arange(logits.shape[-1])[None]
-    labels = batch["label"][:, None]
+    labels = label.astype(classes.dtype)[:, None]
     is_label = classes == labels  # [N, C]
     on_label = jnp.sum(jnp.where(is_label, log_probabilities, 0.0), axis=-1, keepdims=True)
     is_before = ~(log_probabilities <= on_label) | ((log_probabilities == on_label) & (classes < labels))
@@ -163,7 +176,18 @@ def score_batch(
         "loss": -on_label[:, 0],
         "rank": jnp.where(jnp.any(is_label, axis=-1), rank, -1),
         "confidence": jnp.exp(jnp.max(log_probabilities, axis=-1)),
+        "label": label,
     }
+
+
+def balanced_accuracy(is_correct: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over the classes that occur of the share of their examples that are right.
+
+    Shapes:
+        is_correct: bool[N]; labels: int[N].
+    """
+    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return float(np.mean(np.bincount(places, weights=is_correct, minlength=len(counts)) / counts))
 
 
 def calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
