@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxtune.errors import ConfigError, DataError
 from jaxtune.models import registry
 from jaxtune.models.readout import class_embeddings, read_out
 from jaxtune.sample import Sample, inputs_of
+from jaxtune.tree import flatten
 from jaxtune.types import Params
 
 
@@ -43,14 +44,16 @@ class Forward:
         config: Of a model family.
         embeddings: float32[C, D], one row per class; None where the outputs are logits.
         is_next_token: Whether each position predicts the token behind it, so that the last predicts nothing.
+        others: Configs of other sizes, for parameters that are not those of `config`.
     """
 
     config: Any
     embeddings: Frozen | None = None
     is_next_token: bool = False
+    others: tuple[Any, ...] = ()
 
     def __call__(self, params: Params, batch: Mapping[str, Any]) -> jax.Array:
-        outputs = registry.apply(self.config, params, inputs_of(batch))
+        outputs = registry.apply(_config_of(params, self.config, self.others), params, inputs_of(batch))
         if isinstance(outputs, Mapping):
             outputs = next(outputs[name] for name in ("logits", "features", "pooled", "hidden") if name in outputs)
         if self.is_next_token:
@@ -60,14 +63,49 @@ class Forward:
 
 @dataclass(frozen=True)
 class Record:
-    """What goes in and comes out of every matrix of a network, see `models.tap.record_matrices`."""
+    """What goes in and comes out of every matrix of a network, see `models.tap.record_matrices`.
+
+    Attributes:
+        config: Of a model family.
+        others: Configs of other sizes, for parameters that are not those of `config`.
+    """
 
     config: Any
+    others: tuple[Any, ...] = ()
 
     def __call__(self, params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
         from jaxtune.models.tap import record_matrices
 
-        return record_matrices(self.config, params, inputs_of(batch))
+        return record_matrices(_config_of(params, self.config, self.others), params, inputs_of(batch))
+
+    def gradients(self, loss: Any, params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The same with the gradient of a loss, (params, batch) -> float[], with respect to what every matrix makes."""
+        from jaxtune.models.tap import record_gradients_of
+
+        return record_gradients_of(loss, params, batch)
+
+
+def for_sizes(sample: Sample, *configs: Any) -> Sample:
+    """The same examples for networks of other sizes too: which config is meant is read off the parameters' shapes.
+
+    For transports between networks of different width, which ask both about the same inputs.
+    """
+    forward, record = sample.forward, sample.record
+    return replace(
+        sample, forward=replace(forward, others=tuple(configs)), record=replace(record, others=tuple(configs))
+    )
+
+
+def _config_of(params, config, others):
+    """The first config whose parameters look like these; `config` where none does, whose own error then says so."""
+    if not others:
+        return config
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    for one in (config, *others):
+        own = jax.eval_shape(lambda key, one=one: registry.init(key, one), jax.random.key(0))
+        if {path: leaf.shape for path, leaf in flatten(own).items()} == shapes:
+            return one
+    return config
 
 
 def make_sample(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxtune"
 
 # Room -> rooms of ours it may import. A room may always import itself.
-GROUND = ("types", "errors", "lazy", "tree", "rng", "sample", "gradients", "version")
+GROUND = ("types", "errors", "lazy", "tree", "rng", "sample", "gradients", "moments", "version")
 MAY_IMPORT = {
     "types": (),
     "version": (),
@@ -21,11 +21,14 @@ MAY_IMPORT = {
     "rng": ("types", "errors", "lazy", "tree"),
     "sample": ("types", "errors", "lazy", "tree", "rng"),
     "gradients": ("types", "errors", "lazy", "tree", "rng", "sample"),
+    "moments": ("types", "errors", "lazy", "tree", "rng", "sample"),
     "symmetry": GROUND,
     "align": (*GROUND, "symmetry"),
     "merge": (*GROUND, "symmetry"),
     "interpolate": (*GROUND, "symmetry"),
-    "transport": (*GROUND, "symmetry", "align", "merge", "interpolate"),
+    # Distillation is a transport too. Of `train` LoRA's factors, which know no model.
+    "teach": (*GROUND, "symmetry", "align", "train"),
+    "transport": (*GROUND, "symmetry", "align", "merge", "interpolate", "teach"),
     "models": (*GROUND, "symmetry"),
     "mesh": GROUND,
     "data": GROUND,
@@ -45,6 +48,18 @@ MAY_IMPORT["adapters"] = (*GROUND, "symmetry", "models", "checkpoint")
 MAY_IMPORT["loading"] = (*GROUND, "symmetry", "models", "checkpoint", "transport")  # where the two meet
 # What a recipe asks for of which stored tensors: planned from headers, so the room opens checkpoints and knows methods.
 MAY_IMPORT["recipes"] = (*MAY_IMPORT["loading"], "loading", "adapters", "merge")
+# Where examples decide what a recipe leaves open: models, what they say of examples, and ordinary recipes from then on.
+MAY_IMPORT["deciding"] = (
+    *ALL_ABOVE,
+    "recipes",
+    "stream",
+    "sampling",
+    "compose",
+    "evaluate",
+    "train",
+    "report",
+    "loading",
+)
 MAY_IMPORT["adapting"] = (*MAY_IMPORT["loading"], "loading", "adapters")
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate", "recipes")
 MAY_IMPORT["combining"] = (*MAY_IMPORT["loading"], "loading", "merge", "interpolate")
@@ -64,6 +79,7 @@ for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"
         "merging",
         "combining",
         "composing",
+        "deciding",
         "api",
         "commands",
         "demo",
@@ -75,7 +91,7 @@ for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"
 OUTSIDE = {
     "scipy": {"align", "merge", "interpolate", "data"},
     "flax": {"models"},
-    "optax": {"train", "evaluate", "compose", "align"},
+    "optax": {"train", "teach", "evaluate", "compose", "align"},
     "orbax": {"checkpoint", "train"},
     "safetensors": set(),
     "tensorflow_datasets": {"data"},

@@ -82,7 +82,7 @@ def record_matrices(config: Any, params: Params, batch: Mapping[str, Any]) -> di
     Raises:
         TreeMismatchError, DataError: as `registry.apply`.
     """
-    _, sites = _run(config, params, batch, {})
+    _, sites = _run(partial(registry.apply, config), params, batch, {})
     return sites
 
 
@@ -101,23 +101,30 @@ def record_gradients(
     Raises:
         TreeMismatchError, DataError: as `registry.apply`.
     """
-    shapes = jax.eval_shape(lambda: record_matrices(config, params, batch))
+    return record_gradients_of(lambda params, batch: loss(registry.apply(config, params, batch)), params, batch)
+
+
+def record_gradients_of(
+    loss: Callable[[Params, Mapping[str, Any]], jax.Array], params: Params, batch: Mapping[str, Any]
+) -> dict[str, Site]:
+    """The same of a loss that asks the network itself: (params, batch) -> float[]."""
+    shapes = jax.eval_shape(lambda: _run(loss, params, batch, {})[1])
     zeros = {path: jnp.zeros(site.outputs.shape, site.outputs.dtype) for path, site in shapes.items()}
 
     def run(pushed):
-        outputs, sites = _run(config, params, batch, pushed)
-        return loss(outputs), sites
+        value, sites = _run(loss, params, batch, pushed)
+        return value, sites
 
     gradients, sites = jax.grad(run, has_aux=True)(zeros)
     return {path: replace(site, gradients=gradients[path]) for path, site in sites.items()}
 
 
-def _run(config, params, batch, pushed):
-    """(outputs, sites) of the network, `pushed[path]` added to the outputs of the matrix at `path`."""
+def _run(function, params, batch, pushed):
+    """(result, sites) of `function(params, batch)`, `pushed[path]` added to the outputs of the matrix at `path`."""
     leaves = tree.flatten(params)
 
     def program(leaves, batch):
-        return registry.apply(config, tree.unflatten(leaves), batch)
+        return function(tree.unflatten(leaves), batch)
 
     closed, shape = jax.make_jaxpr(program, return_shape=True)(leaves, dict(batch))
     flat, _ = jax.tree.flatten((leaves, dict(batch)))
