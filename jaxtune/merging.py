@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from jaxtune.recipes.reading import read_recipes
 from jaxtune.recipes.references import find_folder
 from jaxtune.recipes.resolve import plan_result, resolve
 from jaxtune.recipes.schema import Recipe
+from jaxtune.recipes.steps import is_balanced
 from jaxtune.report.merging import describe_adapter, describe_card, describe_merge, describe_model
 from jaxtune.report.run import Run, to_json
+from jaxtune.stream.balance import balance_steps
 from jaxtune.stream.files import OutputFiles, lay_out
 from jaxtune.stream.forks import Counters
 from jaxtune.stream.plan import MergePlan, plan_merge
@@ -163,6 +165,7 @@ def merge_recipe(
 def _make(planned, place, work, run, *, overwrite, merge_span, processes):
     """One merge, from its jobs to its folder."""
     jobs = _carry(planned.jobs, run)
+    jobs = _balance(jobs, planned.plan.num_workers, run)
     how = {"num_workers": planned.plan.num_workers, "merge_span": merge_span, "processes": processes}
     written, total = Counters(planned.plan.num_workers), max(planned.files.num_bytes, 1)
     watched = run.stage("merge", lambda: f"{100 * written.total() // total} %")
@@ -231,6 +234,16 @@ def _carry(jobs, run):
 
     with run.stage("transport"):
         return carry_models(jobs)
+
+
+def _balance(jobs, num_workers, run):
+    """The jobs with the strengths of post-steps that are read off the models; notes say them."""
+    if not any(is_balanced(name, options) for job in jobs.jobs for name, options in job.post):
+        return jobs
+    with run.stage("balance"):
+        jobs, strengths = balance_steps(jobs, num_workers=num_workers)
+    notes = [f"post-step {place}: alpha {alpha:.6g}, balanced" for place, alpha in strengths.items()]
+    return replace(jobs, notes=(*jobs.notes, *notes))
 
 
 @contextlib.contextmanager

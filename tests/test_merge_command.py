@@ -309,6 +309,30 @@ def test_post_steps_come_behind_the_method(tmp_path):
         np.testing.assert_allclose(leaf, base[name] + share * (plain[name] - base[name]), atol=2e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_the_strength_of_lines_is_read_off_the_models(method, tmp_path):
+    from jaxtune.merge.post_steps import balance_norms
+
+    write_case(tmp_path, dtype=np.float32)
+    given = {"ties": {"density": 0.3}}.get(method, {})
+    merge_recipe(write_recipe(tmp_path, method, parameters=given), tmp_path / "plain")
+    base, a, b, plain = (checkpoint.load(tmp_path / name).params for name in ("base", "a", "b", "plain"))
+    alpha = balance_norms([a, b], plain, base)
+    assert method == "ties" or alpha == pytest.approx(0.5)  # the sum itself: one over the number of tasks
+    for n, strength in enumerate(("balanced", alpha)):
+        for workers in (1, 2):
+            recipe = write_recipe(tmp_path, method, parameters=given, post=[{"lines": {"alpha": strength}}])
+            report = merge_recipe(recipe, tmp_path / f"out{n}{workers}", num_workers=workers)
+            if strength == "balanced":
+                (note,) = (note for note in report["notes"] if "balanced" in note)
+                assert float(note.split("alpha ")[1].split(",")[0]) == pytest.approx(alpha, rel=1e-5)
+    for name, data in content_of(tmp_path / "out01").items():
+        assert name == "README.md" or (tmp_path / "out02" / name).read_bytes() == data
+    found, expected = (flatten(checkpoint.load(tmp_path / name).params) for name in ("out01", "out12"))
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
 def test_a_model_from_another_base_is_carried_over_first(tmp_path):
     from hub_models import make_model, randomise, write_folder
 

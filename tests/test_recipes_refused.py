@@ -1,6 +1,7 @@
 """What cannot be merged is said at once, with names; what merely differs is a note."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -238,6 +239,30 @@ def test_post_steps_are_known_by_name(llamas):
     assert jobs.jobs[0].post == (("lines", {"alpha": 0.5}),)
     assert "unknown post-step 'lnes'. Did you mean 'lines'" in refuse(recipe_of(llamas[0], llamas[1], post=["lnes"]))
     assert "unknown option 'aplha' of lines" in refuse(recipe_of(llamas[0], llamas[1], post=[{"lines": {"aplha": 1}}]))
+
+
+@pytest.mark.parametrize(
+    ("post", "words"),
+    [
+        ({"lines": {}}, "post[0]: lines needs the option 'alpha', a number or 'balanced'"),
+        ("lines", "lines needs the option 'alpha'"),
+        ({"lines": {"alpha": "balance"}}, "post[0].lines.alpha: expected a finite number, found 'balance'"),
+        ({"lines": {"alpha": [0.1, 0.5]}}, "post[0].lines.alpha: expected one value"),
+        ({"lines": {"alpha": -1}}, "post[0]: option 'alpha': expected a number from 0"),
+        ({"lines": {"alpha": 1, "place": 2}}, "unknown option 'place' of lines"),
+        ({"subspace_boosting": {"beta": "much"}}, "post[0].subspace_boosting.beta: expected a finite number"),
+        ({"subspace_boosting": {"beta": 2}}, "option 'beta': expected a number from 0 to 1"),
+    ],
+)
+def test_values_of_post_steps_are_checked_before_anything_is_read(post, words, llamas):
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "models": [{"model": llamas[1]}],
+        "base_model": llamas[0],
+        "post": [post],
+    }
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        resolve(read_recipe(recipe))
 
 
 def test_a_slice_of_the_base_alone_is_the_base(llamas):

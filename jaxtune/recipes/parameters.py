@@ -111,8 +111,8 @@ def evaluate(condition: Condition, t: float, kind: str) -> Any:
         RecipeError: a value of another kind.
     """
     if not isinstance(condition.value, tuple):
-        return _convert(kind, condition.value, condition.node)
-    values = [_convert(kind, value, condition.node) for value in condition.value]
+        return convert(kind, condition.value, condition.node)
+    values = [convert(kind, value, condition.node) for value in condition.value]
     place = t * (len(values) - 1)
     low = int(place)
     if kind in ("bool", "str", "switch"):
@@ -122,8 +122,12 @@ def evaluate(condition: Condition, t: float, kind: str) -> Any:
     return round(between) if kind == "int" else between
 
 
-def _convert(kind: str, value: Scalar, node: Node) -> Any:
-    """A scalar as a kind; text that spells it counts, as YAML reads 1e-5 as text."""
+def convert(kind: str, value: Scalar, node: Node) -> Any:
+    """A scalar as a kind; text that spells it counts, as YAML reads 1e-5 as text.
+
+    Raises:
+        RecipeError: it is none.
+    """
     if kind in ("bool", "switch"):
         if isinstance(value, bool) or value in (0, 1):
             return bool(value)

@@ -8,16 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jaxtune.merge.post_steps import POST_STEPS
 from jaxtune.recipes import chat
 from jaxtune.recipes.compare import compare_configs, compare_dtypes, compare_tokens
 from jaxtune.recipes.jobs import MergeJobs, Planned, Source, TensorJob
-from jaxtune.recipes.nodes import Node, RecipeError, did_you_mean
+from jaxtune.recipes.nodes import RecipeError
 from jaxtune.recipes.opening import Opened
 from jaxtune.recipes.options import PartOptions, check_names
 from jaxtune.recipes.output import choose_files, make_config
 from jaxtune.recipes.parts import find_parts, open_models
 from jaxtune.recipes.schema import Recipe
+from jaxtune.recipes.steps import check_steps
 from jaxtune.recipes.tensors import Names, make_job, walk_module
 from jaxtune.recipes.tokenizers import plan_vocabulary
 
@@ -45,7 +45,7 @@ def resolve(recipe: Recipe, *, made: Mapping[str, Path | Planned] | None = None)
 
 def _resolve(recipe, made) -> MergeJobs:
     notes = check_names(recipe, _levels(recipe))
-    _check_post(recipe)
+    recipe = check_steps(recipe)
     models = open_models(recipe, made)
     out_index = 0  # the base is opened first; without one the first model of the text is
     out = models.opened[out_index]
@@ -212,19 +212,6 @@ def _levels(recipe: Recipe) -> list[tuple[Mapping[str, Any], bool]]:
             levels.append((one.parameters, False))
             levels += [(entry.parameters, True) for entry in one.sources]
     return levels
-
-
-def _check_post(recipe: Recipe) -> None:
-    """Checks names and options of post-steps."""
-    node = recipe.node.get("post")
-    for at, (name, options) in enumerate(recipe.post):
-        place: Node = node.value[at]
-        if name not in POST_STEPS:
-            raise place.error(f"unknown post-step {name!r}.{did_you_mean(name, POST_STEPS)}")
-        known = POST_STEPS[name].options
-        for option in options:
-            if option not in known:
-                raise place.error(f"unknown option {option!r} of {name}.{did_you_mean(option, known)}")
 
 
 def _refuse(recipe: Recipe, problems: Sequence[str]) -> RecipeError:
