@@ -24,7 +24,7 @@ def open_task(data: Mapping[str, Any], split: str, *, data_dir: str | None = Non
     Args:
         data: "name", and any other of `FIELDS`.
         split: Which one.
-        data_dir: Put before a name that is a file's; None leaves names as they are.
+        data_dir: Put before a name that is a file's, and before the files of a vocabulary; None leaves them.
 
     Raises:
         ConfigError: an unknown field, a shift that is not a dict of "name" and, if it has any, "options", or a
@@ -43,6 +43,8 @@ def open_task(data: Mapping[str, Any], split: str, *, data_dir: str | None = Non
             )
         name = str(Path(data_dir) / name)
     options = _plain(data.get("options", {})) | (_plain(data.get("eval_options", {})) if split != "train" else {})
+    if data_dir is not None and "vocabulary" in options:
+        options["vocabulary"] = [str(Path(data_dir) / file) for file in options["vocabulary"]]
     source = open_source(name, split, **options)
     if data.get("classes"):
         source = shift_source(source, "label_subset", classes=tuple(data["classes"]))
