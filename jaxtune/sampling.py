@@ -18,6 +18,8 @@ from jaxtune.sample import Sample, inputs_of
 from jaxtune.tree import flatten
 from jaxtune.types import Params
 
+READ_OUTPUTS = ("logits", "features", "image_features", "pooled", "hidden")  # the first that a network has
+
 
 class Frozen:
     """An array that is never changed and compares by what it holds, so that it can be part of a static argument."""
@@ -53,9 +55,7 @@ class Forward:
     others: tuple[Any, ...] = ()
 
     def __call__(self, params: Params, batch: Mapping[str, Any]) -> jax.Array:
-        outputs = registry.apply(_config_of(params, self.config, self.others), params, inputs_of(batch))
-        if isinstance(outputs, Mapping):
-            outputs = next(outputs[name] for name in ("logits", "features", "pooled", "hidden") if name in outputs)
+        outputs = what_is_said(registry.apply(_config_of(params, self.config, self.others), params, inputs_of(batch)))
         if self.is_next_token:
             outputs = outputs[:, :-1]
         return outputs if self.embeddings is None else read_out(outputs, self.embeddings.array)
@@ -83,6 +83,20 @@ class Record:
         from jaxtune.models.tap import record_gradients_of
 
         return record_gradients_of(loss, params, batch)
+
+
+def what_is_said(outputs: Any) -> jax.Array:
+    """Of a network with several outputs the one that is read as classes: CLIP's are the features of its images.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not isinstance(outputs, Mapping):
+        return outputs
+    for name in READ_OUTPUTS:
+        if name in outputs:
+            return outputs[name]
+    raise ConfigError(f"none of the outputs {', '.join(outputs)} is read as classes; known: {', '.join(READ_OUTPUTS)}.")
 
 
 def for_sizes(sample: Sample, *configs: Any) -> Sample:

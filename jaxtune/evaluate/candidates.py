@@ -60,6 +60,12 @@ def stack_candidates(models: Sequence[Params]) -> Candidates:
     return Candidates(None, jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *models), _as_is)
 
 
+def one_candidate(params: Params) -> Candidates:
+    """A single model, which is not copied."""
+    check_same({"params": params})
+    return Candidates(params, np.zeros(1, np.float32), _shared)
+
+
 def mix_candidates(models: Sequence[Params], weights: Any, *, nonnegative: Sequence[str] = ()) -> Candidates:
     """Weighted sums of models: soups, points on a line (`line_candidates`), merges.
 
@@ -191,6 +197,11 @@ def _weigh(coefficients, vectors, wide):
 def _as_is(shared, own):
     del shared
     return own
+
+
+def _shared(shared, own):
+    del own
+    return shared
 
 
 def _stack_floats(models):

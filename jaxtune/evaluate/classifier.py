@@ -12,6 +12,8 @@ import numpy as np
 from jaxtune.errors import ConfigError, DataError, NonFiniteError
 from jaxtune.models import registry
 from jaxtune.models.readout import read_out
+from jaxtune.sample import inputs_of
+from jaxtune.sampling import what_is_said
 from jaxtune.types import Params
 
 NUM_CALIBRATION_BINS = 15
@@ -159,7 +161,7 @@ def score_batch(
         result["confidence"]: float32[N]. Probability of the most probable class.
         result["label"]: int[N], as in the batch.
     """
-    outputs = registry.apply(config, params, batch)
+    outputs = what_is_said(registry.apply(config, params, inputs_of(batch)))
     return score_logits(outputs if embeddings is None else read_out(outputs, embeddings), batch["label"])
 
 
