@@ -49,6 +49,13 @@ def test_the_place_may_stand_behind_the_recipe(tmp_path, capsys):
     assert not (tmp_path / "three").exists()
 
 
+@pytest.mark.parametrize("count", ["0", "-2"])
+def test_a_merge_takes_a_thread_at_least(count, tmp_path, capsys):
+    recipe = write_recipe(write_case(tmp_path))
+    assert main(["merge", str(recipe), str(tmp_path / "out"), "-j", count]) == 2
+    assert f"--threads {count}: expected at least 1" in capsys.readouterr().err
+
+
 def test_a_seed_on_the_command_line_is_that_of_the_recipe(tmp_path):
     recipe = write_recipe(write_case(tmp_path), "dare_ties", parameters={"density": 0.4}, seed=1)
     assert main(["merge", str(recipe), str(tmp_path / "seven" / "out"), "--random-seed", "7"]) == 0

@@ -225,6 +225,21 @@ def test_a_weight_for_some_models_alone_is_an_oversight(llamas):
     assert f"some models have a weight, and {llamas[0]} has none" in refuse(recipe)
 
 
+def test_a_value_out_of_range_is_named_where_it_stands(llamas):
+    text = f"""merge_method: ties
+base_model: {llamas[0]}
+models:
+  - model: {llamas[1]}
+    parameters:
+      weight: 0.5
+      density: 1.4
+"""
+    assert "line 7, column 16: models[0].parameters.density: " in refuse(text)
+    assert "expected a number from 0 to 1, got 1.4" in refuse(text)
+    shared = text.replace("      density: 1.4\n", "parameters: {density: [0.5, 2]}\n")
+    assert "line 7, column 23: parameters.density: " in refuse(shared)
+
+
 def test_presets_are_the_peers_conventions(llamas):
     ours = resolve(read_recipe(recipe_of(llamas[0], llamas[1])))
     peft = resolve(read_recipe(recipe_of(llamas[0], llamas[1], preset="peft", parameters={"density": 0.5})))

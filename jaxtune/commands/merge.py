@@ -23,6 +23,8 @@ ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
 def run(arguments) -> None:
     """Plans or does the merge that the arguments ask for."""
     limits = {"memory_bytes": parse_bytes(arguments.memory), "num_workers": arguments.threads}
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ConfigError(f"--threads {arguments.threads}: expected at least 1.")
     apply_flags(arguments)
     if arguments.plan:
         for one in plan_recipe(arguments.recipe, seed=arguments.random_seed, **limits):

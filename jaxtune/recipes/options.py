@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtune.recipes.schema import Recipe
 # Methods in which mergekit takes a base for one more model: it has a weight like all others.
 BASE_IS_A_MODEL = ("linear", "passthrough", "karcher")
 # Parameters of mergekit that change how it computes and not what.
+OPTION = re.compile(r"option '(\w+)'")  # as messages about values name it
 WITHOUT_EFFECT = {"int8_mask": "it saves memory in mergekit and does not change the result"}
 
 
@@ -36,7 +38,7 @@ class PartOptions:
 
     def __init__(self, recipe: Recipe, part: Part, labels: Sequence[str], problems: list[str]):
         self.method, self._problems = METHODS[recipe.merge_method], problems
-        self._name, self._labels, self._place = recipe.merge_method, labels, part.node
+        self._name, self._labels, self._part, self._place = recipe.merge_method, labels, part, part.node
         self.base = None if self._name in BASE_IS_A_MODEL or self.method.base == "none" else part.base
         self.sources = tuple(at for at in range(len(part.sources)) if at != self.base)
         defaults = self.method.options | _preset(recipe, self.method)
@@ -107,7 +109,7 @@ class PartOptions:
                 self.method.check(options)
             except JaxtuneError as error:
                 self._is_bad = True  # the first tensor stands for all
-                self._complain(f"{name}: {error}")
+                self._complain(f"{name}: {error}", self._find_place(str(error)))
 
     def _check_counts(self, part, recipe):
         is_base_named = recipe.base_model is not None or part.node.get("base_model") is not None
@@ -140,9 +142,15 @@ class PartOptions:
                 + (f" {self._name} takes base_model for one more model." if self._name in BASE_IS_A_MODEL else "")
             )
 
-    def _complain(self, words):
+    def _find_place(self, words):
+        """Where the recipe says the first of the options that a message names."""
+        levels = [*(one.parameters for one in self._part.sources), *self._part.levels]
+        said = (_levels(option, levels) for option in OPTION.findall(words))
+        return next((settings[0].node for settings in said if settings), self._place)
+
+    def _complain(self, words, place=None):
         # The first tensor or layer stands for all others that lack the same.
-        text = self._place.error(words).args[0]
+        text = (place or self._place).error(words).args[0]
         if not any(known.split(", and no level")[0] == text.split(", and no level")[0] for known in self._problems):
             self._problems.append(text)
 
