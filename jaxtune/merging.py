@@ -21,7 +21,7 @@ from jaxtune.checkpoint.resume import digest_of, keep_work, work_folder
 from jaxtune.errors import ConfigError
 from jaxtune.recipes.chain import references_of
 from jaxtune.recipes.jobs import MergeJobs, Transported
-from jaxtune.recipes.reading import read_recipes
+from jaxtune.recipes.reading import read_recipes, without_examples
 from jaxtune.recipes.references import find_folder
 from jaxtune.recipes.resolve import plan_result, resolve
 from jaxtune.recipes.schema import Recipe
@@ -40,6 +40,7 @@ from jaxtune.version import __version__
 CARD_NAME, REPORT_NAME = "README.md", "report.json"
 MADE_NAME = "made"  # in a folder of work: merges of the same file that later ones need
 OTHER_FORMATS = ("npz", "orbax")
+UNDECIDED = "data: examples decide first on what is a default in this plan; that takes time and memory beside it"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ class PlannedMerge:
         recipe, jobs: As read and resolved.
         files: Of tensors.
         plan: What it takes.
+        decision: What examples decided before (`deciding.decision.Decision`); None without examples.
     """
 
     recipe: Recipe
     jobs: MergeJobs
     files: OutputFiles
     plan: MergePlan
+    decision: Any = None
 
     @property
     def like(self) -> Any:
@@ -69,7 +72,8 @@ def plan_recipe(
     """Plans every merge of a file from headers and configs; no weight is read.
 
     Args:
-        source: As `recipes.reading.read_recipes` takes it.
+        source: As `recipes.reading.read_recipes` takes it. Of a recipe with examples the merge behind the decision is
+            planned.
         seed: In the place of the recipe's.
         **limits: `memory_bytes`, `num_workers`: as `plan_merge` takes them.
 
@@ -78,9 +82,18 @@ def plan_recipe(
         CheckpointError: a model cannot be read.
         ConfigError: too little memory.
     """
+    recipes = read_recipes(source, seed=seed)
+    planned = _plan_all([without_examples(recipe) for recipe in recipes], limits)
+    return [
+        one if recipe.data is None else replace(one, jobs=replace(one.jobs, notes=(*one.jobs.notes, UNDECIDED)))
+        for one, recipe in zip(planned, recipes, strict=True)
+    ]
+
+
+def _plan_all(recipes, limits):
     made: dict[str, Any] = {}
     planned = []
-    for recipe in read_recipes(source, seed=seed):
+    for recipe in recipes:
         planned.append(_plan(recipe, made, limits))
         for name in filter(None, (recipe.name, recipe.out_path)):
             made[name] = plan_result(planned[-1].jobs, name)
@@ -142,8 +155,23 @@ def merge_recipe(
         JaxtuneError: as `plan_recipe`, `run_merge` and `publish`.
     """
     run = run or Run("merge")
+    how = {"overwrite": overwrite, "merge_span": merge_span, "processes": processes}
+    recipes = read_recipes(source, seed=seed)
+    if all(recipe.data is None for recipe in recipes):
+        return _merge(recipes, out, run, limits, **how)
+    if not processes.is_alone:
+        raise ConfigError("examples decide in one process: run a recipe with data: without --distributed.")
+    from jaxtune.deciding.deciding import decide_all  # with it come our networks, and JAX
+
+    checkpoint.refuse_existing(out, overwrite=overwrite)
+    with decide_all(recipes, out, run) as decisions:
+        return _merge([one.recipe for one in decisions], out, run, limits, decisions=decisions, **how)
+
+
+def _merge(recipes, out, run, limits, *, decisions=None, overwrite, merge_span, processes):
+    """Ordinary recipes, from their plans to the folder of the last."""
     with run.stage("plan"):
-        planned = plan_recipe(source, seed=seed, **limits)
+        planned = _plan_all(recipes, limits)
         inputs = [place for one in planned for place in _folders_of(one)]
         checkpoint.refuse_existing(out, overwrite=overwrite, inputs=inputs)
         check_space(out, sum(one.plan.write_bytes for one in planned))
@@ -155,11 +183,19 @@ def merge_recipe(
             if not place.exists() or n == len(planned) - 1:
                 if n:
                     one = _plan(one.recipe, made, limits)
+                if decisions is not None and decisions[n].asked.data is not None:
+                    one = _with_decision(one, decisions[n])
                 how = {"overwrite": overwrite, "merge_span": merge_span, "processes": processes}
                 report = _make(one, place, work / f"files-{n}", run, **how)
             for name in filter(None, (one.recipe.name, one.recipe.out_path)):
                 made[name] = place
         return report
+
+
+def _with_decision(planned, decision):
+    """A merge that says what was asked for, and what examples decided."""
+    jobs = replace(planned.jobs, recipe=decision.asked.plain, notes=(*planned.jobs.notes, *decision.notes))
+    return replace(planned, jobs=jobs, decision=decision)
 
 
 def _make(planned, place, work, run, *, overwrite, merge_span, processes):
@@ -175,9 +211,12 @@ def _make(planned, place, work, run, *, overwrite, merge_span, processes):
         processes.wait_for("published")
         return {}
     with run.stage("checksums"):
-        inputs = [describe_model(model) for model in _stored_models(planned)]
+        decided = planned.decision
+        inputs = [describe_model(model) for model in (decided.inputs if decided else _stored_models(planned))]
         inputs += [describe_adapter(folder) for folder in _adapters_of(planned.recipe)]
     report = describe_merge(jobs, planned.plan, merged.crc32, inputs)
+    if decided:
+        report["data"] = decided.facts
     with run.stage("publish"), publish(place, overwrite=overwrite) as folder:
         _write_weights(planned, merged, folder)
         for name, content in {**jobs.side_files, CARD_NAME: describe_card(place.name, jobs, inputs).encode()}.items():

@@ -1,11 +1,8 @@
 """LiNeS with its strength searched: how much less early layers move than late ones, by examples."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.compose.composition import Composition, check_models, check_samples
@@ -13,6 +10,7 @@ from jaxtune.compose.scoring import score_all, score_logits
 from jaxtune.compose.vectors import narrow, widen
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.candidates import combine_candidates
+from jaxtune.evaluate.logits import Logits
 from jaxtune.evaluate.many import score_many
 from jaxtune.merge.arrays import merge_trees
 from jaxtune.merge.post_steps import Place, balance_norms, find_places
@@ -22,16 +20,6 @@ from jaxtune.tree import flatten, is_float, task_vector
 from jaxtune.types import Params
 
 STRENGTHS = tuple(round(0.1 * n, 1) for n in range(11))
-
-
-@dataclass(frozen=True)
-class Logits:
-    """What a model says of every example: a score of `evaluate.many.score_many`."""
-
-    forward: Any
-
-    def __call__(self, params: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        return {"logits": self.forward(params, batch).astype(jnp.float32)}
 
 
 def lines(

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from jaxtune.merge.registry import METHODS
+from jaxtune.recipes.examples import LEARNED, parse_data
 from jaxtune.recipes.nodes import Node, did_you_mean
 from jaxtune.recipes.parameters import parse_parameters
 from jaxtune.recipes.references import parse_reference
@@ -14,7 +15,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 KEYS = (
     "models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", "chat_template", "name",
-    "out_path", "preset", "seed", "post", "evaluate",
+    "out_path", "preset", "seed", "post", "evaluate", "data",
 )  # fmt: skip
 
 
@@ -31,10 +32,12 @@ def parse_recipe(node: Node, folder: Path | None = None) -> Recipe:
         raise node.error(f"expected exactly one of models, slices and modules; found {found}.")
     if node.get("merge_method") is None:
         raise node.error("merge_method is missing: it names how the models are merged, for instance linear.")
-    base = node.get("base_model")
+    base, data = node.get("base_model"), node.get("data")
+    method = _parse_method(node.get("merge_method"), has_data=data is not None)
+    models = _parse_list(node.get("models"), _parse_model)
     return Recipe(
-        merge_method=_parse_method(node.get("merge_method")),
-        models=_parse_list(node.get("models"), _parse_model),
+        merge_method=method,
+        models=models,
         slices=_parse_list(node.get("slices"), _parse_slice),
         modules=_parse_modules(node.get("modules")),
         base_model=parse_reference(base) if base else None,
@@ -52,15 +55,20 @@ def parse_recipe(node: Node, folder: Path | None = None) -> Recipe:
         plain=node.plain,
         node=node,
         folder=folder,
+        data=parse_data(data, method, models) if data else None,
     )
 
 
-def _parse_method(node):
+def _parse_method(node, *, has_data):
     name = node.expect(str, "the name of a merge method")
+    if name in LEARNED:
+        if not has_data:
+            raise node.error(f"{name} is learned from examples: write data: {{sources: {{MODEL: EXAMPLES}}}} too.")
+        return name
     if name in REFUSED_METHODS and name not in METHODS:
         raise node.error(f"{name!r} is not made here: {REFUSED_METHODS[name]}")
     if name not in METHODS:
-        raise node.error(f"unknown merge method {name!r}.{did_you_mean(name, METHODS)}")
+        raise node.error(f"unknown merge method {name!r}.{did_you_mean(name, (*METHODS, *LEARNED))}")
     return name
 
 

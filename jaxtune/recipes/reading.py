@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxtune.merge.registry import METHODS
 from jaxtune.recipes.chain import order_recipes
+from jaxtune.recipes.examples import LEARNED
 from jaxtune.recipes.nodes import RecipeError, nodes_of, read_nodes
 from jaxtune.recipes.parsing import parse_recipe
 from jaxtune.recipes.schema import Recipe
@@ -52,6 +54,21 @@ def read_recipes(source: str | Path | Mapping[str, Any], *, seed: int | None = N
     if seed is not None:
         recipes = [replace(recipe, seed=seed, plain={**recipe.plain, "seed": seed}) for recipe in recipes]
     return order_recipes(recipes)
+
+
+def without_examples(recipe: Recipe) -> Recipe:
+    """An ordinary recipe of the same models, for plans: what examples will decide is left at its defaults."""
+    if recipe.data is None:
+        return recipe
+    keys = {key: value for key, value in recipe.plain.items() if key != "data"}
+    needs_more = recipe.merge_method in LEARNED or METHODS[recipe.merge_method].data != "none"
+    if needs_more:
+        models = [{"model": one["model"]} if isinstance(one, dict) else {"model": one} for one in keys["models"]]
+        method = "linear" if recipe.base_model is None else "task_arithmetic"
+        keys = {key: value for key, value in keys.items() if key not in ("parameters", "preset", "post")}
+        keys |= {"merge_method": method, "models": models, "parameters": {"weight": 1.0}}
+    made = parse_recipe(nodes_of(keys, name=recipe.node.place.split(",")[0]), recipe.folder)
+    return replace(made, seed=recipe.seed)
 
 
 def _read_text(source) -> tuple[str, str, Path | None]:

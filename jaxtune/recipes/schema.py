@@ -1,7 +1,8 @@
 """Recipes of merges as frozen records: mergekit's own schema, and what is added to it.
 
 Added: `transport` of a model (fine-tuned from another base, carried over first) and its `data` (Fishers, Grams), `post`
-(steps behind the method), `seed`, `preset` (conventions of a peer), `evaluate` (kept for the evaluation), `out_path`.
+(steps behind the method), `seed`, `preset` (conventions of a peer), `evaluate` (kept for the evaluation), `out_path`,
+`data` (examples that decide on weights and options).
 """
 
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxtune.recipes.examples import DataBlock
 from jaxtune.recipes.nodes import Node, RecipeError
 from jaxtune.recipes.parameters import Parameters
 from jaxtune.recipes.references import ModelReference
@@ -114,6 +116,7 @@ class Recipe:
         plain: The whole recipe as plain values.
         folder: Of its file; relative paths are looked for there too.
         node: The top, for messages.
+        data: Examples that decide on options, weights or what the method needs beside the models; None without.
     """
 
     merge_method: str
@@ -135,6 +138,7 @@ class Recipe:
     plain: Mapping[str, Any]
     node: Node = field(repr=False)
     folder: Path | None = None
+    data: DataBlock | None = None
 
     def error_at(self, key: str, words: str) -> RecipeError:
         """What to raise about one of the top keys."""

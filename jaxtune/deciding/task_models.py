@@ -1,0 +1,186 @@
+"""The models of a recipe with examples of their tasks: opened, understood, and merged in memory to be tried."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtune.checkpoint import Checkpoint
+from jaxtune.compose.objectives import teach
+from jaxtune.compose.scoring import mean_score, score_all, score_logits
+from jaxtune.compose.vectors import widen
+from jaxtune.data.parts import take_sample
+from jaxtune.data.source import open_source
+from jaxtune.errors import ConfigError, DataError, UnknownNameError
+from jaxtune.evaluate.candidates import stack_candidates
+from jaxtune.evaluate.logits import Logits
+from jaxtune.evaluate.many import score_many
+from jaxtune.loading import check_same_architecture, load
+from jaxtune.models import decoder
+from jaxtune.recipes.examples import Examples
+from jaxtune.recipes.nodes import nodes_of
+from jaxtune.recipes.parsing import parse_recipe
+from jaxtune.recipes.references import ModelReference, find_folder
+from jaxtune.recipes.resolve import resolve
+from jaxtune.recipes.schema import Recipe
+from jaxtune.sample import Sample
+from jaxtune.sampling import make_sample, make_text_sample
+from jaxtune.stream.hold import merge_in_memory
+from jaxtune.tree import unflatten
+from jaxtune.types import Params
+
+GROUP = 8  # models that are evaluated in one call
+
+
+@dataclass(frozen=True)
+class TaskModels:
+    """Models and examples of one recipe.
+
+    Attributes:
+        recipe: As it was read.
+        base: None where the recipe names none.
+        finetuned: In the order of the recipe.
+        samples: One a model; or a single one, for all.
+        config: Of their network.
+    """
+
+    recipe: Recipe
+    base: Checkpoint | None
+    finetuned: tuple[Checkpoint, ...]
+    samples: tuple[Sample, ...]
+    config: Any
+
+    @property
+    def like(self) -> Checkpoint:
+        """The model whose names and layout the result has."""
+        return self.base or self.finetuned[0]
+
+    @property
+    def is_together(self) -> bool:
+        """Whether one sample is for all models."""
+        return "" in self.recipe.data.sources
+
+    def groups(self) -> dict[str, str]:
+        """Path of each leaf -> the first of the stored tensors that it lies in: leaves of one tensor stay together."""
+        return {path: names[0] for path, names in self._stored_names().items()}
+
+    def stored_names(self) -> dict[str, list[str]]:
+        """Name of a group -> all stored tensors that its leaves lie in."""
+        return {names[0]: names for names in self._stored_names().values()}
+
+    def _stored_names(self):
+        codec = self.like.layout.codec
+        if codec is None:
+            return {name: [name] for name in self.like.layout.tensors}
+        return {path: list(row.names) for row in codec.table.rows for path in row.leaves}
+
+    def merge(self, recipe: Recipe) -> Params:
+        """The model that a recipe without examples makes, in memory, to the bit; as our tree."""
+        tensors = merge_in_memory(resolve(recipe))
+        codec = self.like.layout.codec
+        return unflatten(tensors) if codec is None else codec.table.decode(tensors)
+
+
+def open_task_models(recipe: Recipe) -> TaskModels:
+    """Opens what a recipe with examples names.
+
+    Raises:
+        RecipeError: an entry with an adapter or a transport, a model without examples, a source that cannot be read: at
+            its line and key.
+        ConfigError: models of an unknown family, or of several architectures.
+    """
+    data = recipe.data
+    for entry in recipe.models:
+        if entry.model.lora is not None or entry.transport is not None:
+            raise entry.node.error(
+                "examples decide on whole models of one base: merge the adapter, or carry the model over, first."
+            )
+    references = [entry.model for entry in recipe.models]
+    if recipe.base_model is not None:
+        references.append(recipe.base_model)
+    opened = {str(one): _open(one, recipe) for one in references}
+    try:
+        config = check_same_architecture(opened)
+    except ConfigError as error:
+        raise data.node.error(f"examples need models whose network is known here. {error}", at_key=True) from error
+    finetuned = tuple(opened[str(entry.model)] for entry in recipe.models)
+    base = opened[str(recipe.base_model)] if recipe.base_model is not None else None
+    if "" in data.sources:
+        samples = (_sample(config, data.sources[""], recipe),)
+    else:
+        lacking = [str(entry.model) for entry in recipe.models if str(entry.model) not in data.sources]
+        if lacking:
+            raise data.node.get("sources").error(
+                f"no examples of {', '.join(lacking)}. Name a source for each model, or one source for all."
+            )
+        samples = tuple(_sample(config, data.sources[str(entry.model)], recipe) for entry in recipe.models)
+    return TaskModels(recipe, base, finetuned, samples, config)
+
+
+def _open(reference: ModelReference, recipe: Recipe) -> Checkpoint:
+    return load(find_folder(reference.path, reference.revision, recipe.node, recipe.folder), lazy=False)
+
+
+def _sample(config, examples: Examples, recipe: Recipe) -> Sample:
+    """Examples of one task; those of a language model are texts."""
+    data, name = recipe.data, examples.name
+    beside = None if recipe.folder is None else recipe.folder / name
+    if beside is not None and not Path(name).exists() and beside.exists():
+        name = str(beside)
+    how = {"split": examples.split, **examples.options}
+    try:
+        if isinstance(config, decoder.Config):
+            split = how.pop("split")
+            source = open_source(name, split, **how)
+            return make_text_sample(
+                config, take_sample(source, data.samples, seed=data.seed) if data.samples else source
+            )
+        return make_sample(config, name, num_examples=data.samples, seed=data.seed, **how)
+    except (ConfigError, DataError, UnknownNameError) as error:
+        raise examples.node.error(str(error)) from error
+
+
+def change(recipe: Recipe, **keys: Any) -> Recipe:
+    """The recipe without its examples and with other values of some keys; None takes a key out."""
+    plain = {key: value for key, value in {**recipe.plain, "data": None, **keys}.items() if value is not None}
+    made = parse_recipe(nodes_of(plain, name=recipe.node.place.split(",")[0]), recipe.folder)
+    return dataclasses.replace(made, seed=recipe.seed)
+
+
+def with_teachers(models: TaskModels, samples: Sequence[Sample]) -> list[Sample]:
+    """Samples with what each task's own model says of them; of one sample for all, as they are."""
+    if models.is_together:
+        return list(samples)
+    pairs = zip(samples, models.finetuned, strict=True)
+    return [teach(sample, widen(model.params)) for sample, model in pairs]
+
+
+def score_candidates(models: Sequence[Params], samples: Sequence[Sample]) -> list[list[dict[str, float]]]:
+    """Scores of every model on every task, a few models in one program."""
+    found: list[list[dict[str, float]]] = []
+    for start in range(0, len(models), GROUP):
+        some = [widen(model) for model in models[start : start + GROUP]]
+        count = len(some)
+        some += some[-1:] * (min(GROUP, len(models)) - count)  # one size, one program
+        candidates = stack_candidates(some)
+        each = [score_many(candidates, Logits(sample.forward), sample)["logits"] for sample in samples]
+        found += [
+            [score_logits(logits[n], sample.batch) for logits, sample in zip(each, samples, strict=True)]
+            for n in range(count)
+        ]
+    return found
+
+
+def rank(scores: Sequence[Mapping[str, float]], experts: Sequence[Mapping[str, float]] | None) -> tuple[float, float]:
+    """What candidates are chosen by: mean accuracy beside each expert's (agreement without labels), then mean loss."""
+    first = mean_score(scores, experts) if experts is not None or "accuracy" in scores[0] else 0.0
+    names = ["loss" if "loss" in one else "divergence" if "divergence" in one else "entropy" for one in scores]
+    return first, -float(np.mean([one[name] for one, name in zip(scores, names, strict=True)]))
+
+
+def score_experts(models: TaskModels, samples: Sequence[Sample]) -> list[dict[str, float]] | None:
+    """Scores of each task's own model; None of one sample for all."""
+    return None if models.is_together else score_all([widen(one.params) for one in models.finetuned], samples)
