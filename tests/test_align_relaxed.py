@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.linalg import expm
+from small_models import FAST
 
 from jaxtune import symmetry, tree
 from jaxtune.align.relaxed import element_of, make_plan, move_leaves, residual_of, solve_orders, start_latents
@@ -62,7 +63,9 @@ def test_latents_act_as_the_element_that_they_harden_to(orders):
     element = element_of(plan, spec, latents, hard)
     symmetry.check(spec, element)
     expected = tree.flatten(symmetry.apply(spec, element, tree.unflatten(leaves)))
-    moved = move_leaves(plan, latents, hard, leaves, is_hard=True)
+    moved = jax.jit(lambda latents: move_leaves(plan, latents, hard, leaves, is_hard=True), compiler_options=FAST)(
+        latents
+    )
     for path in leaves:
         np.testing.assert_allclose(moved[path], expected[path], atol=2e-5, err_msg=path)
     assert any(np.abs(moved[path] - leaves[path]).max() > 0.1 for path in leaves)
@@ -73,7 +76,10 @@ def test_latents_start_at_the_identity(orders):
     spec, leaves = every_kind()
     plan = make_plan(spec, orders=orders)
     latents = start_latents(KEY, plan)
-    moved = move_leaves(plan, latents, solve_orders(plan, latents), leaves, is_hard=True)
+    hard = solve_orders(plan, latents)
+    moved = jax.jit(lambda latents: move_leaves(plan, latents, hard, leaves, is_hard=True), compiler_options=FAST)(
+        latents
+    )
     for path in leaves:
         np.testing.assert_allclose(moved[path], leaves[path], atol=1e-6)
 
@@ -108,7 +114,7 @@ def test_gradients_go_through_every_free_group():
             moved = move_leaves(plan, latents, hard, leaves, is_hard=False)
             return residual_of(plan, moved, target, tuple(leaves))
 
-        gradient = jax.grad(loss)(latents)
+        gradient = jax.jit(jax.grad(loss), compiler_options=FAST)(latents)
         for name, values in gradient.items():
             for part, value in values.items():
                 assert np.isfinite(value).all() and np.abs(value).max() > 1e-6, (orders, name, part)

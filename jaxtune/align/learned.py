@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.align.activations import match_activations
 from jaxtune.align.memory import keep_progress, recall_progress
 from jaxtune.align.relaxed import Plan, element_of, make_plan, move_leaves, residual_of, solve_orders, start_latents
 from jaxtune.align.weights import match_weights
@@ -26,6 +27,8 @@ from jaxtune.symmetry.spec import Spec
 from jaxtune.tree import check_finite, check_same, flatten, is_float, unflatten
 from jaxtune.types import Params
 
+# What learning may start from -> weighting of the weight matching.
+STARTS = {"weights": "plain", "agreement": "agreement", "activations": None}
 OBJECTIVES = ("interpolation", "transport")
 WEIGHT_RANGE = (0.4, 0.6)  # where on the line a step looks; half-way alone, or the whole line, learns less
 CHUNK = 10  # steps of one compiled call where nothing happens between them
@@ -153,7 +156,7 @@ def match_learned(
     evaluate_every: int = 20,
     patience: int = 5,
     mixes: bool = True,
-    weighting: str = "plain",
+    start: str = "agreement",
 ) -> LearnedResult:
     """Learns the element under which the line between moved source and target predicts as its ends do.
 
@@ -170,7 +173,7 @@ def match_learned(
         temperature: Of Sinkhorn's iteration.
         num_steps, batch_size, learning_rate, order_rate, residual_weight, validation_share, evaluate_every, patience:
             See `Training`.
-        weighting: Of the weight matching that it starts from.
+        start: What it starts from, a key of `STARTS`.
 
     Returns:
         The best element seen by the loss of the held-out inputs at the middle of the line, orders hard; weight
@@ -197,9 +200,16 @@ def match_learned(
         patience=patience,
         mixes=mixes,
     )
-    start = start_element(key, spec, target, source, weighting=weighting)
     return learn_element(
-        key, spec, target, source, sample=sample, start=start, orders=orders, temperature=temperature, training=training
+        key,
+        spec,
+        target,
+        source,
+        sample=sample,
+        start=start_element(key, spec, target, source, sample=sample, start=start),
+        orders=orders,
+        temperature=temperature,
+        training=training,
     )
 
 
@@ -285,10 +295,20 @@ def match_sinkhorn(
     )
 
 
-def start_element(key: jax.Array, spec: Spec, target: Params, source: Params, *, weighting: str = "plain"):
-    """What learning starts from: weight matching, of folded weights as transport `full` calls it."""
+def start_element(
+    key: jax.Array, spec: Spec, target: Params, source: Params, *, sample: Sample, start: str
+) -> dict[str, Any]:
+    """What learning starts from: weight matching, as transport `full` calls it, or activation matching.
+
+    Raises:
+        UnknownNameError: no such start.
+    """
+    if start not in STARTS:
+        raise unknown_name("start", start, STARTS)
+    if start == "activations":
+        return match_activations(key, spec, target, source, sample=sample).element
     options = {"head_cost": "circuit", "tolerance": 1e-3} if canonical.is_folded(spec) else {}
-    return match_weights(key, spec, target, source, weighting=weighting, **options).element
+    return match_weights(key, spec, target, source, weighting=STARTS[start], **options).element
 
 
 def learn_element(

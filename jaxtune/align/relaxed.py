@@ -161,7 +161,7 @@ def move_leaves(plan: Plan, latents: Latents, orders: Orders, leaves: Mapping[st
         leaf = leaves[path]
         for position, axis, parent in moves:
             side = sides[axis.group]["order" if axis.order_only else "dual" if axis.dual else "plain"]
-            act = _turn_planes if kinds[axis.group] == "rotary" else _contract
+            act = _turn_planes if kinds[axis.group] == "rotary" else contract
             leaf = act(side, leaf, position, parent)
         moved[path] = leaf
     return moved
@@ -246,7 +246,12 @@ def _rotation(xp, group, numbers):
     return whole + xp.full(whole.shape, 1 / group.size, skew.dtype)
 
 
-def _contract(matrix, leaf, axis, parent_axis):
+def contract(matrix: jax.Array, leaf: jax.Array, axis: int, parent_axis: int | None) -> jax.Array:
+    """`sum_i leaf[.., i, ..] matrix[i, j]` along one axis; inside parents, a matrix for each.
+
+    Shapes:
+        matrix: float[n, m], or float[parent, n, m]; leaf: float[..., n, ...]; result: float[..., m, ...].
+    """
     letters = "abcdefgh"[: leaf.ndim]
     inner = letters[axis] + "z"
     of_matrix = inner if parent_axis is None else letters[parent_axis] + inner
