@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.merge.aligned import copy_aligned
 from jaxtune.merge.view import Combine, Elements
 from jaxtune.types import Leaf
 
@@ -70,7 +69,7 @@ def sum_groups(elements: Elements, factors: tuple, total: Any, *, groups: tuple,
     """`Σ factors_n · (sum of the models, or base, at groups_n) / total`; `plain` where a factor is one."""
     merged = None
     for places, factor, is_plain in zip(groups, factors, plain, strict=True):
-        part = _own(elements, places[0])
+        part = elements.own_base() if places[0] == BASE else elements.own_model(places[0])
         for place in places[1:]:
             part += _take(elements, place=place)
         if not is_plain:
@@ -82,12 +81,6 @@ def sum_groups(elements: Elements, factors: tuple, total: Any, *, groups: tuple,
     if divides:
         merged /= total
     return merged
-
-
-def _own(elements, place):
-    if place != BASE:
-        return elements.own_model(place)
-    return elements.base if elements.xp is not np else copy_aligned(elements.base, elements.base.dtype)
 
 
 def _take(elements, *, place):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.merge.affine import is_known, only_whole, sum_exactly, take
-from jaxtune.merge.aligned import copy_aligned
+from jaxtune.merge.aligned import empty_aligned
 from jaxtune.merge.masks import sign_of, signs_of, turn, turn_and_clip
 from jaxtune.merge.sparsify import Cut, sparse_delta
 from jaxtune.merge.view import Combine, Elements, View, sum_wide
@@ -153,13 +153,12 @@ def _values(elements: Elements, factors, numbers, *, rules, order) -> list[Leaf]
 
 
 def _votes(xp, values, vote):
-    votes = None
-    for value in values:
-        part = value if vote == "sum" else xp.sign(value)
-        if votes is None:
-            votes = copy_aligned(part, part.dtype) if xp is np else part
-        else:
-            votes += part
+    parts = [value if vote == "sum" else xp.sign(value) for value in values]
+    if len(parts) == 1:
+        return parts[0]
+    votes = np.add(*parts[:2], out=empty_aligned(parts[0].shape, parts[0].dtype)) if xp is np else parts[0] + parts[1]
+    for part in parts[2:]:
+        votes += part
     return votes
 
 

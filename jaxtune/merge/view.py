@@ -75,20 +75,20 @@ class Elements:
     @functools.cached_property
     def deltas(self) -> Sequence[Leaf]:
         """The task vectors: every model minus the base; each is made when it is asked for."""
-        return MadeOnUse(len(self.models), lambda model: self.models[model] - self.base)
+        # Nothing that is kept here may refer to all of this: what refers to itself is freed late, block after block.
+        return MadeOnUse(len(self.models), functools.partial(_own_delta, self.xp, self.models, self.base))
 
     def own_model(self, model: int) -> Leaf:
         """One model for a caller who uses it once, and may write into it where arrays can be written into."""
-        if isinstance(self.models, MadeOnUse):
-            return self.models.own(model)
-        one = self.models[model]
-        return copy_aligned(one, one.dtype) if self.xp is np else one
+        return _own(self.xp, self.models, model)
 
     def own_delta(self, model: int) -> Leaf:
         """One task vector, likewise."""
-        delta = self.own_model(model)
-        delta -= self.base
-        return delta
+        return _own_delta(self.xp, self.models, self.base, model)
+
+    def own_base(self) -> Leaf:
+        """The base, likewise."""
+        return _own(self.xp, (self.base,), 0)
 
     def uniform(self, model: int) -> Leaf:
         """Numbers in [0, 1) of one model, which depend on seed, model, leaf and element alone; float32."""
@@ -129,6 +129,18 @@ class Elements:
         return (wide + self.start).reshape(shape)
 
 
+def _own(xp, arrays, n):
+    if isinstance(arrays, MadeOnUse):
+        return arrays.own(n)
+    return copy_aligned(arrays[n], arrays[n].dtype) if xp is np else arrays[n]
+
+
+def _own_delta(xp, models, base, model):
+    delta = _own(xp, models, model)
+    delta -= base
+    return delta
+
+
 @dataclass(frozen=True)
 class Combine:
     """What a method makes of a leaf: a function of a run of elements, and the numbers it found out before.
@@ -146,7 +158,18 @@ class Combine:
 
     def __call__(self, elements: Elements) -> Leaf:
         """The merged elements."""
-        return self.function(elements, *weaken(self.numbers, elements), **dict(self.constants))
+        return self.function(elements, *self._numbers_for(elements), **dict(self.constants))
+
+    def _numbers_for(self, elements):
+        if elements.xp is not np:
+            return weaken(self.numbers, elements)
+        if elements.dtype not in self._weakened:
+            self._weakened[elements.dtype] = weaken(self.numbers, elements)
+        return self._weakened[elements.dtype]
+
+    @functools.cached_property
+    def _weakened(self):
+        return {}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from jaxtune.merge.aligned import copy_aligned
 from jaxtune.merge.arrays import compute_dtype
 from jaxtune.merge.random_bits import make_stream
 from jaxtune.merge.view import Combine, Elements, MadeOnUse
@@ -17,6 +18,19 @@ GRAINS = ("element", "row", "leaf")  # from the finest: what can be merged by it
 
 class StoredElements(Elements):
     """Elements of which the base, like each model, is read when it is asked for."""
+
+    def __init__(self, *, dtype: np.dtype, **fields):
+        super().__init__(**fields)
+        object.__setattr__(self, "_dtype", dtype)
+
+    @property
+    def dtype(self):
+        """As `Elements.dtype`; nothing is read for it."""
+        return self._dtype
+
+    def own_base(self):
+        """As `Elements.own_base`."""
+        return self._read_base() if self._base is None else copy_aligned(self._base, self._dtype)
 
     @property
     def base(self):
@@ -73,6 +87,7 @@ class StoredLeaf:
             return reader.read(low, high, self.dtype).reshape(shape)
 
         return StoredElements(
+            dtype=self.dtype,
             xp=np,
             models=MadeOnUse(len(self.models), lambda model: read(self.models[model])),
             base=None if self.base is None else lambda: read(self.base),

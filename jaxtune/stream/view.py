@@ -36,9 +36,11 @@ class StreamView(View):
     def reduce(self, function: Callable[..., Any], *numbers: Any, **constants: Any) -> Any:
         """As `View.reduce`."""
 
+        weakened = self._weaken(numbers)
+
         def sum_group(group):
             return [
-                np.asarray(function(run, *weaken(numbers, run), **constants), np.float64) for run in self._read(group)
+                np.asarray(function(run, *weakened[run.dtype], **constants), np.float64) for run in self._read(group)
             ]
 
         stacked = np.stack([part for parts in self._map(sum_group, self._groups()) for part in parts])
@@ -54,13 +56,18 @@ class StreamView(View):
     def rank_from_top(self, function: Callable[..., Any], count: Any, *numbers: Any, **constants: Any) -> Any:
         """As `View.rank_from_top`."""
 
+        weakened = self._weaken(numbers)
+
         def values_of(group):
             for run in self._read(group):
-                yield run.start, function(run, *weaken(numbers, run), **constants).reshape(-1)
+                yield run.start, function(run, *weakened[run.dtype], **constants).reshape(-1)
 
         counts = [int(one) for one in count] if isinstance(count, tuple) else [int(count)]
         ranks = find_ranks(values_of, self._groups(), self._map, self.size, counts)
         return ranks if isinstance(count, tuple) else ranks[0]
+
+    def _weaken(self, numbers):
+        return {leaf.dtype: weaken(numbers, leaf) for leaf in self._leaves}
 
     def _groups(self):
         """Runs as (leaf, low, high), some of them together."""

@@ -11,8 +11,10 @@ import numpy as np
 
 from jaxtune.checkpoint import safetensors
 from jaxtune.stream.checksums import combine_crc32, crc32_of_file
+from jaxtune.stream.writeback import start_writing
 
 DONE_SUFFIX, PART_SUFFIX = ".done", ".part"
+BATCH = 1 << 24  # bytes of a file after which the disk is set to work
 
 
 class Writer:
@@ -47,6 +49,7 @@ class Writer:
         self._left = {name: _data_bytes(header) for name, header in headers.items()}
         self.crc32: dict[str, int] = {}
         self.parts: dict[str, list[tuple[int, int, int]]] = {name: [] for name in headers}
+        self._behind: dict[str, list[tuple[int, int]]] = {name: [] for name in headers}
         self._lock = threading.Lock()
         if is_first:
             for name, header in headers.items():
@@ -65,14 +68,18 @@ class Writer:
             raise AssertionError(f"{tensor}: {values.dtype} for a tensor of {info.dtype}")
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         place = header.data_start + info.start + low * info.dtype.itemsize
-        _write_at(self._descriptor(name), data, place)
+        descriptor = self._descriptor(name)
+        _write_at(descriptor, data, place)
         part = (place, len(data), zlib.crc32(data))  # while it is in the cache
         with self._lock:
             self.parts[name].append(part)
             self._left[name] -= len(data)
             is_whole = self._is_alone and not self._left[name]
+            behind = self._take_behind(name, place, len(data))
         if is_whole:
             self._finish(name)
+        elif behind is not None:
+            start_writing(descriptor, *behind)  # harmless where another thread has closed it
 
     def dtype_of(self, tensor: str) -> np.dtype:
         """The dtype of a tensor in its file."""
@@ -117,6 +124,16 @@ class Writer:
             os.close(descriptor)
         if self._is_alone and not _data_bytes(header):
             self._finish(name)
+
+    def _take_behind(self, name, place, length):
+        """(place, bytes) of what was written since this last was not None; None while that is little."""
+        parts = self._behind[name]
+        parts.append((place, place + length))
+        if not self._sync or sum(high - low for low, high in parts) < BATCH:
+            return None
+        self._behind[name] = []
+        low = min(low for low, _ in parts)
+        return low, max(high for _, high in parts) - low
 
     def _descriptor(self, name):
         with self._lock:
