@@ -26,13 +26,16 @@ from jaxtune.deciding.task_models import (
 from jaxtune.errors import UnknownNameError
 from jaxtune.evaluate.fisher import estimate_fisher, save_fisher
 from jaxtune.evaluate.grams import save_grams
+from jaxtune.merge.arrays import merge_trees
 from jaxtune.merge.registry import METHODS as MERGE_METHODS
 from jaxtune.moments import gather_grams
 from jaxtune.recipes.examples import LEARNED
 from jaxtune.recipes.nodes import did_you_mean
+from jaxtune.recipes.options import option_kinds
 from jaxtune.recipes.parameters import evaluate
 from jaxtune.recipes.schema import Recipe
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.types import Params
 
 ESTIMATES = {"fishers": "fisher", "grams": "gram"}
 WITHOUT_TOKENIZER = {"tokenizer_source": None, "tokenizer": None, "chat_template": None}
@@ -140,11 +143,7 @@ def _learn(models: TaskModels, work: Path):
     else:
         if recipe.post:
             raise recipe.error_at("post", f"what {recipe.merge_method} learned is a model, and no step may follow it.")
-        checkpoint.save(work / "learned", found.params, like=models.base, overwrite=True)
-        made = change(
-            recipe, merge_method="passthrough", models=[{"model": str(work / "learned")}], base_model=None,
-            parameters=None, preset=None, **WITHOUT_TOKENIZER,
-        )  # fmt: skip
+        made = _as_it_is(models, found.params, work)
         if isinstance(learned, Mapping) and all(np.ndim(one) == 0 for one in learned.values()):
             facts["coefficients"] = dict(learned)
     facts["history"] = {name: found.info[name] for name in ("step", "kept", "score") if name in found.info}
@@ -206,11 +205,46 @@ def _choose(models: TaskModels, work: Path):
             )
         search = {"lambda": tuple(round(0.1 * n, 1) for n in range(1, 16))}
     facts: dict[str, Any] = {"held": held, "chosen_by": chosen_by, "notes": notes}
+    if needed == "gram" and models.like.layout.codec is None:
+        return _merge_ours(models, entries, work), default, facts
     # Beside a base these methods would ask for what it needs too; it goes in as one more model, or not at all.
     made = change(recipe, models=entries, **({} if needed is None else {"base_model": None}))
     if search:
         made, facts["options"], facts["search"] = search_options(models, made, search, with_teachers(models, held))
     return made, default, facts
+
+
+def _merge_ours(models: TaskModels, entries, work: Path) -> Recipe:
+    """A merge by Grams of checkpoints in our own names, whose matrices have their inputs first: in memory.
+
+    Files of other libraries have them last, and so streams take them.
+    """
+    recipe, method = models.recipe, MERGE_METHODS[models.recipe.merge_method]
+    if recipe.data.search or recipe.post:
+        key = "data" if recipe.data.search else "post"
+        raise recipe.error_at(key, f"{recipe.merge_method} of models in our own names takes no search and no post.")
+    options: dict[str, Any] = {}
+    for name in method.options:
+        given = [entry.parameters.get(name, recipe.parameters.get(name)) for entry in recipe.models]
+        kind = option_kinds(method)[name]
+        if name in method.per_model:
+            values = [None if one is None else evaluate(one.conditions[0], 0.0, kind) for one in given]
+            options[name] = [method.options[name] if one is None else one for one in values]
+        elif name in recipe.parameters:
+            options[name] = evaluate(recipe.parameters[name].conditions[0], 0.0, kind)
+    extras = [checkpoint.load(entry["data"], config={}).params for entry in entries]
+    merged = merge_trees(method, [one.params for one in models.finetuned], extras=extras, seed=recipe.seed, **options)
+    return _as_it_is(models, merged, work)
+
+
+def _as_it_is(models: TaskModels, params: Params, work: Path) -> Recipe:
+    """A recipe that takes a model as it is, in the layout of the base."""
+    checkpoint.save(work / "learned", params, like=models.like, overwrite=True)
+    entry = {"model": str(work / "learned")}
+    return change(
+        models.recipe, merge_method="passthrough", models=[entry], base_model=None, parameters=None, preset=None,
+        **WITHOUT_TOKENIZER,
+    )  # fmt: skip
 
 
 def _estimate(kind, model, sample, place):

@@ -1,0 +1,283 @@
+"""Recipes whose numbers examples decide: through the command line, to files, and beside what trees give."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import jaxtune as jt
+from jaxtune import checkpoint
+from jaxtune.cli import main
+from jaxtune.compose.registry import METHODS as LEARNED_METHODS
+from jaxtune.compose.registry import compose
+from jaxtune.errors import ConfigError
+from jaxtune.merging import merge_recipe, plan_recipe
+from jaxtune.models import mlp, registry
+from jaxtune.recipes.examples import LEARNED
+from jaxtune.recipes.reading import read_recipe
+from jaxtune.sampling import make_sample
+from jaxtune.tree import flatten
+
+CONFIG = mlp.Config(image_shape=(4, 4, 1), widths=(9,), num_outputs=3)
+
+
+def tune(params, seed, scale=0.5):
+    draw = np.random.RandomState(seed)
+    return jax.tree.map(lambda x: (x + scale * draw.normal(size=x.shape)).astype(np.float32), params)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """A base, two fine-tunes and examples that each of them labels."""
+    folder = tmp_path_factory.mktemp("case")
+    base = jax.tree.map(np.asarray, registry.init(jax.random.key(0), CONFIG))
+    trees = {"base": base, "a": tune(base, 1), "b": tune(base, 2)}
+    for n, (name, params) in enumerate(trees.items()):
+        jt.save(folder / name, params, config=registry.config_to_dict(CONFIG))
+        image = np.random.RandomState(10 + n).uniform(size=(60, 4, 4, 1)).astype(np.float32)
+        label = np.asarray(registry.apply(CONFIG, params, {"image": image})).argmax(-1)
+        np.savez(folder / f"{name}.npz", train_x=image, train_y=label, class_names=np.array(["x", "y", "z"]))
+    return folder, trees
+
+
+def write_recipe(case, method, parameters=None, sources=None, base="base", **data):
+    folder, _ = case
+    recipe = {"merge_method": method}
+    if base:
+        recipe["base_model"] = str(folder / base)
+    recipe["models"] = [{"model": str(folder / name)} for name in "ab"]
+    if parameters:
+        recipe["parameters"] = parameters
+    if sources is None:
+        sources = {str(folder / name): f"{name}.npz" for name in "ab"}  # beside the recipe
+    recipe["data"] = {"samples": 40, "seed": 3, "sources": sources, **data}
+    path = folder / f"{method}.yml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def samples_of(case, **how):
+    folder, _ = case
+    return [make_sample(CONFIG, folder / f"{name}.npz", num_examples=40, seed=3, **how) for name in "ab"]
+
+
+def accuracy(params, sample):
+    return float((np.asarray(sample.forward(params, sample.batch)).argmax(-1) == sample.batch["label"]).mean())
+
+
+def test_names_of_learned_methods_are_those_of_the_registry():
+    """Recipes know them without loading what learns."""
+    one_model = {name for name in LEARNED_METHODS if name != "sy_merge"}
+    assert set(LEARNED) <= one_model
+    from jaxtune.merge.registry import METHODS
+
+    assert not set(LEARNED) & set(METHODS)
+
+
+@pytest.mark.parametrize("how", [{"level": "task"}, {"objective": "expert", "learning_rate": 0.02}], ids=str)
+def test_learned_coefficients_become_weights_of_stored_tensors(case, tmp_path, how):
+    report = merge_recipe(write_recipe(case, "ada_merging", {"num_steps": 5, **how}), tmp_path / "out")
+    _, trees = case
+    found = compose(
+        "ada_merging", trees["base"], [trees["a"], trees["b"]], samples_of(case), num_steps=5, seed=3, **how
+    )
+    ours = flatten(jt.load(tmp_path / "out").params)
+    for path, leaf in flatten(found.params).items():
+        np.testing.assert_allclose(ours[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+    held = [sample.split(0.25, seed=3)[1] for sample in samples_of(case)]
+    scores = report["data"]["validation"]["chosen"]["scores"]
+    for sample, one in zip(held, scores, strict=True):
+        assert one["accuracy"] == pytest.approx(accuracy(jt.load(tmp_path / "out").params, sample))
+    assert report["data"]["validation"]["examples"] == [len(sample) for sample in held]
+    for name, c in found.coefficients.items():
+        np.testing.assert_allclose(report["data"]["coefficients"][name], c, rtol=1e-6)
+
+
+def test_what_was_asked_for_and_found_stands_in_report_and_card(case, tmp_path):
+    recipe = write_recipe(case, "ada_merging", {"num_steps": 2})
+    assert main(["merge", str(recipe), "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["recipe"] == yaml.safe_load(recipe.read_text())
+    assert [one["path"].rsplit("/", 1)[-1] for one in report["inputs"]] == ["base", "a", "b"]
+    assert set(report["data"]["examples"].values()) == {40}
+    default = report["data"]["validation"]["default"]
+    assert default["recipe"] == {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.3}}
+    held = [sample.split(0.25, seed=3)[1] for sample in samples_of(case)]
+    _, trees = case
+    plain = jt.merge([trees["a"], trees["b"]], base=trees["base"], method="task_arithmetic", **{"lambda": 0.3})
+    for sample, one in zip(held, default["scores"], strict=True):
+        assert one["accuracy"] == pytest.approx(accuracy(plain, sample))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "ada_merging" in card
+    assert "without examples" in card
+    assert not list(tmp_path.glob(".jaxtune*"))
+    again = merge_recipe(recipe, tmp_path / "again")
+    assert again["output"] == report["output"]
+    assert again["data"] == report["data"]
+
+
+def test_options_are_searched_for_by_examples(case, tmp_path):
+    grid = [0.1, 0.5, 0.9, 1.3]
+    recipe = write_recipe(case, "task_arithmetic", search={"scale": grid})
+    report = merge_recipe(recipe, tmp_path / "out")
+    _, trees = case
+    finetuned = [trees["a"], trees["b"]]
+    samples = samples_of(case)
+    scores = []
+    for scale in grid:
+        merged = jt.merge(finetuned, base=trees["base"], method="task_arithmetic", **{"lambda": scale})
+        scores.append(np.mean([accuracy(merged, sample) for sample in samples]))  # the models know all of their labels
+    tried = report["data"]["search"]
+    assert [one["score"] for one in tried] == pytest.approx(scores)
+    best = max(range(4), key=lambda n: (tried[n]["score"], -tried[n]["loss"]))
+    assert report["data"]["options"] == {"lambda": grid[best]}
+    merged = jt.merge(finetuned, base=trees["base"], method="task_arithmetic", **{"lambda": grid[best]})
+    jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, merged)
+
+
+def test_two_options_of_a_random_method_are_searched_for_to_the_bit(case, tmp_path):
+    recipe = write_recipe(case, "dare_ties", search={"density": [0.3, 0.9], "lambda": [0.5, 1.0]})
+    report = merge_recipe(recipe, tmp_path / "out")
+    assert [one["options"] for one in report["data"]["search"]] == [
+        {"density": d, "lambda": s} for d in (0.3, 0.9) for s in (0.5, 1.0)
+    ]
+    plain = yaml.safe_load(recipe.read_text())
+    del plain["data"]
+    plain["parameters"] = report["data"]["options"]
+    merge_recipe(plain, tmp_path / "plain")
+    for path, leaf in flatten(checkpoint.load(tmp_path / "plain").params).items():
+        np.testing.assert_array_equal(flatten(checkpoint.load(tmp_path / "out").params)[path], leaf)
+
+
+def test_examples_without_labels_choose_by_what_the_models_say(case, tmp_path):
+    folder, _ = case
+    for name in "ab":
+        image = np.load(folder / f"{name}.npz")["train_x"]
+        np.savez(tmp_path / f"{name}.npz", train_x=image)
+    sources = {str(folder / name): str(tmp_path / f"{name}.npz") for name in "ab"}
+    report = merge_recipe(write_recipe(case, "task_arithmetic", sources=sources), tmp_path / "out")
+    labelled = merge_recipe(write_recipe(case, "task_arithmetic", samples=None), tmp_path / "labelled")
+    assert "accuracy" not in report["data"]["validation"]["chosen"]["scores"][0]
+    assert "agreement" in report["notes"][-1]
+    assert len(report["data"]["search"]) == 15  # lambda, where nothing is said
+    assert labelled["data"]["examples"] == dict.fromkeys(sources, 53)  # of 60, a tenth of a class is no "train"
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_what_a_method_needs_beside_weights_is_estimated(case, tmp_path, method):
+    report = merge_recipe(write_recipe(case, method), tmp_path / "out")
+    from jaxtune.evaluate.fisher import estimate_fisher
+    from jaxtune.evaluate.grams import stored_grams
+    from jaxtune.moments import gather_grams
+
+    folder, _ = case
+    models = [jt.load(folder / name) for name in "ab"]
+    parts = [sample.split(0.25, seed=3)[0] for sample in samples_of(case)]
+    extras = []
+    for model, part in zip(models, parts, strict=True):
+        if method == "fisher":
+            extras.append(estimate_fisher(model.params, part))
+        else:
+            found = stored_grams(gather_grams(model.params, part), model)
+            from jaxtune.tree import unflatten
+
+            extras.append(unflatten({path: gram.astype(np.float32) for path, gram in found.items()}))
+    from jaxtune.merge.arrays import merge_trees
+    from jaxtune.merge.registry import METHODS
+
+    expected = merge_trees(METHODS[method], [model.params for model in models], extras=extras)
+    for path, leaf in flatten(expected).items():
+        np.testing.assert_allclose(
+            flatten(jt.load(tmp_path / "out").params)[path], leaf, rtol=2e-5, atol=1e-6, err_msg=path
+        )
+    assert report["data"]["validation"]["default"]["recipe"]["merge_method"] == "linear"
+    assert report["data"]["validation"]["examples"] == [len(s.split(0.25, seed=3)[1]) for s in samples_of(case)]
+
+
+@pytest.mark.parametrize("method", ["ada_rank", "lines"])
+def test_what_is_no_weighted_sum_becomes_a_model_in_the_layout_of_the_base(case, tmp_path, method):
+    parameters = {"num_steps": 3, "objective": "expert"} if method == "ada_rank" else None
+    report = merge_recipe(write_recipe(case, method, parameters), tmp_path / "out")
+    _, trees = case
+    found = compose(method, trees["base"], [trees["a"], trees["b"]], samples_of(case), seed=3, **(parameters or {}))
+    jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, found.params)
+    assert [one["path"].rsplit("/", 1)[-1] for one in report["inputs"]] == ["base", "a", "b"]
+    assert not list(tmp_path.glob(".jaxtune*"))
+
+
+def test_one_source_is_for_a_new_task(case, tmp_path):
+    folder, trees = case
+    parameters = {"num_epochs": 1}
+    report = merge_recipe(
+        write_recipe(case, "atlas_few_shot", parameters, sources=str(folder / "base.npz")), tmp_path / "out"
+    )
+    assert list(report["data"]["examples"]) == [""]
+    assert report["data"]["validation"]["models"] is None
+    sample = make_sample(CONFIG, folder / "base.npz", num_examples=40, seed=3)
+    found = compose(
+        "atlas_few_shot", trees["base"], [trees["a"], trees["b"]], sample, num_epochs=1, seed=3, validation=0.25
+    )
+    for path, leaf in flatten(found.params).items():
+        np.testing.assert_allclose(flatten(jt.load(tmp_path / "out").params)[path], leaf, rtol=1e-5, atol=1e-6)
+
+
+def test_a_plan_asks_no_examples(case, capsys):
+    recipe = write_recipe(case, "ada_merging")
+    assert main(["merge", str(recipe), "--plan"]) == 0
+    assert "examples decide first" in capsys.readouterr().out
+    assert len(plan_recipe(write_recipe(case, "fisher"))) == 1
+
+
+def test_a_search_that_was_killed_while_it_learned_goes_on(case, tmp_path, monkeypatch):
+    from jaxtune.compose import learning
+
+    recipe = write_recipe(case, "ada_merging", {"num_steps": 6, "objective": "expert"})
+    whole = merge_recipe(recipe, tmp_path / "whole")
+    real, count = learning._update, []
+
+    def killed(*arguments):
+        count.append(1)
+        if len(count) == 5:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(learning, "SAVE_EVERY", 2)
+    monkeypatch.setattr(learning, "_update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge_recipe(recipe, tmp_path / "out")
+    resumed = merge_recipe(recipe, tmp_path / "out")  # the fifth call is behind it
+    assert len(count) == 5 + 2
+    assert resumed["output"] == whole["output"]
+    assert resumed["data"] == whole["data"]
+
+
+def test_refusals_name_the_line_and_the_key(case, tmp_path):
+    folder, _ = case
+
+    def refuse(match, method="ada_merging", parameters=None, **how):
+        path = write_recipe(case, method, parameters, **how)
+        with pytest.raises(ConfigError, match=match):
+            merge_recipe(path, tmp_path / "out")
+
+    place = r"ada_merging\.yml, line \d+, column \d+: "
+    refuse(place + r"data\.sources: no examples of .*/b\.", sources={str(folder / "a"): "a.npz"})
+    refuse(place + r"parameters\.num_step: unknown parameter 'num_step' of ada_merging\. Did you mean 'num_steps'",
+           parameters={"num_step": 3})  # fmt: skip
+    refuse(r"data\.sources\..*/a: .*missing\.npz", sources={str(folder / n): "missing.npz" for n in "ab"})
+    refuse(r"data\.sources\.elsewhere: no model of this recipe", sources={"elsewhere": "a.npz"})
+    refuse("takes one source for all models", "atlas_few_shot")
+    refuse("takes a source for each model", "ada_merging", sources=str(folder / "a.npz"))
+    refuse("ada_merging needs base_model", "ada_merging", base=None)
+    refuse("nothing to decide: linear learns nothing from examples", "linear", base=None)
+    refuse(r"data\.validation: expected a share", validation=1)
+    refuse("to be at least|at least 1 example", samples=0)
+    refuse("is learned and has no values to search", search={"lambda": [1]})
+    refuse(r"data\.search\.lamda: unknown option 'lamda' of ties. Did you mean 'lambda'", "ties", search={"lamda": [1]})
+    with pytest.raises(ConfigError, match="ada_merging is learned from examples: write data"):
+        read_recipe({"merge_method": "ada_merging", "models": [{"model": "a"}]})
+    with pytest.raises(ConfigError, match="Did you mean 'ada_merging'"):
+        read_recipe({"merge_method": "ada_mergin", "models": [{"model": "a"}]})
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".jaxtune*"))
