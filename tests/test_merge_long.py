@@ -56,8 +56,8 @@ def iso_c_by_svd(base, models, scale=1.0):
 @pytest.mark.parametrize("count", [1, 3])
 def test_iso_c_is_that_of_an_svd(count, kind, all_are_long):
     base, models = draw(count, kind=kind)
-    # Differences of float64 numbers of size 1 hold a singular value of 1e-6 to ten digits.
-    np.testing.assert_allclose(merge("iso_c", base, models), iso_c_by_svd(base, models), atol=1e-8)
+    # Of differences of numbers of size 1 a singular value of 1e-6 has ten digits.
+    np.testing.assert_allclose(merge("iso_c", base, models), iso_c_by_svd(base, models), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["full", "low rank", "few rows", "steep"])
