@@ -1,0 +1,1 @@
+"""A network learns from a few examples: from their labels, or from another network's word."""

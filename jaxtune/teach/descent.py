@@ -1,0 +1,325 @@
+"""AdamW on a few examples: several learning rates one after the other, and what held-out examples say is best.
+
+Steps run in compiled chunks. A run that is killed goes on from its last state and ends with the same bits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxtune.errors import ConfigError, NonFiniteError
+from jaxtune.gradients import Loss
+from jaxtune.rng import named_key
+from jaxtune.sample import Sample
+from jaxtune.teach.weights import Learnable
+from jaxtune.tree import flatten, is_float, unflatten
+from jaxtune.types import Params
+
+ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+MIN_HELD = 4  # held-out examples; fewer say nothing
+SAVE_EVERY = 5  # rounds
+
+
+class Series(Protocol):
+    """Where states are kept; `train.checkpoints.StateSeries` is one."""
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest state; None where there is none."""
+
+    def save(self, state: Any, progress: Mapping[str, Any]) -> None:
+        """Keeps a state."""
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest state, and what was beside it."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is minimised: hashable, so that one program serves all samples and rates.
+
+    Attributes:
+        loss: Of every example of the task.
+        keep: Of every example of the support set; None without one.
+        protect: Factor of the mean of `keep`.
+        anchor: Factor of `||params - base||² / 2`.
+        weight_decay: Decoupled; of every number that is learned.
+    """
+
+    loss: Loss
+    keep: Loss | None = None
+    protect: float = 1.0
+    anchor: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        for name in ("protect", "anchor", "weight_decay"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} is {value}; it must be finite and at least 0.")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["numbers", "opt_state", "step", "best", "best_score", "best_step", "scores", "losses"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class DescentState:
+    """Everything that steps change; what a `Series` keeps.
+
+    Shapes:
+        step, best_step: int32[]. Steps of all learning rates together.
+        scores: float32[R, 1 + rounds] of held-out examples, NaN where a round is still to come or none are held.
+        losses: float32[R, rounds]. Mean of the loss over the steps of a round.
+    """
+
+    numbers: Any
+    opt_state: Any
+    step: Any
+    best: Any
+    best_score: Any
+    best_step: Any
+    scores: Any
+    losses: Any
+
+
+def descend(
+    learnable: Learnable,
+    aim: Aim,
+    sample: Sample,
+    *,
+    key: jax.Array,
+    num_steps: int,
+    batch_size: int,
+    learning_rates: Sequence[float],
+    round_size: int = 10,
+    held: Sample | None = None,
+    support: Sample | None = None,
+    held_support: Sample | None = None,
+    base: Params | None = None,
+    series: Series | None = None,
+) -> tuple[Params, dict[str, Any]]:
+    """Learns the numbers of `learnable`, once with each learning rate, and gives the network that was best.
+
+    The rate rises over a tenth of the steps and falls as a cosine to a twentieth. Every `round_size` steps the held-out
+    examples are asked; the best numbers of all rounds and rates are kept, the start among them, so that the result is
+    never behind the start on them. Without held-out examples the end of the last rate is the result: give one rate.
+
+    Args:
+        learnable: What is learned.
+        aim: What is minimised.
+        sample: To learn on.
+        key: Of the order of the examples.
+        num_steps: Updates with each rate.
+        batch_size: Examples a step; at most all of them.
+        learning_rates: One or more.
+        round_size: Steps between two looks at the held-out examples.
+        held, held_support: What the choice is made by.
+        support: What `aim.keep` is of.
+        base: What `aim.anchor` holds on to.
+        series: Where states are kept; one that has some is gone on from.
+
+    Returns:
+        (parameters in float32, {"learning_rate", "step", "score", "scores", "losses"}: of the choice, and all that was
+        seen on the way).
+
+    Raises:
+        ConfigError: a number out of range.
+        NonFiniteError: nothing that was learned is finite.
+    """
+    rates = [float(rate) for rate in learning_rates]
+    if min(num_steps, batch_size, round_size) < 1 or not rates or not all(np.isfinite(r) and r > 0 for r in rates):
+        raise ConfigError(
+            f"num_steps {num_steps}, batch_size {batch_size}, round_size {round_size}, learning rates {rates}: "
+            "all must be positive."
+        )
+    if held is None and len(rates) > 1:
+        raise ConfigError(f"{sample.name}: to choose among {len(rates)} learning rates, examples must be held out.")
+    orders = {
+        "task": _Order(sample, batch_size, named_key(key, "task")),
+        "support": None if support is None else _Order(support, batch_size, named_key(key, "support")),
+    }
+    base = None if base is None or not aim.anchor else _floats(base)
+    num_rounds = -(-num_steps // round_size)
+    state = _first_state(learnable, len(rates), num_rounds)
+    if series is not None and series.latest_step is not None:
+        state, _ = series.restore(state)
+    place = partial(_place, num_steps=num_steps, round_size=round_size)
+    while int(state.step) < num_steps * len(rates):
+        run, done = divmod(int(state.step), num_steps)
+        if not done:
+            state = replace(state, numbers=learnable.numbers, opt_state=ADAM.init(learnable.numbers))
+            if not run:
+                state = _judge(state, learnable, aim, held, held_support, place(0))
+        count = min(round_size, num_steps - done)
+        batches = {name: order and order.batches(done, count) for name, order in orders.items()}
+        numbers, opt_state, losses = _steps(
+            aim, learnable.build, learnable.fixed, base, state.numbers, state.opt_state, batches,
+            jnp.asarray(_schedule(rates[run], num_steps)[done : done + count]),
+        )  # fmt: skip
+        at = (run, -(-(done + count) // round_size))
+        state = replace(
+            state, numbers=numbers, opt_state=opt_state, step=state.step + count,
+            losses=state.losses.at[run, at[1] - 1].set(jnp.mean(losses)),
+        )  # fmt: skip
+        state = _judge(state, learnable, aim, held, held_support, at)
+        is_last = int(state.step) == num_steps * len(rates)
+        if series is not None and (is_last or at[1] % SAVE_EVERY == 0):
+            series.save(state, {})
+    return _result(state, learnable, aim, held, rates, num_steps)
+
+
+def hold_out(sample: Sample, fraction: float, key: jax.Array) -> tuple[Sample, Sample | None]:
+    """(what is learned on, what the choice is made by); the latter None where fewer than `MIN_HELD` would be held.
+
+    Raises:
+        ConfigError: `fraction` outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"held_out is {fraction}; it must be at least 0 and below 1.")
+    if round(fraction * len(sample)) < MIN_HELD:
+        return sample, None
+    return sample.split(fraction, seed=int(jax.random.bits(named_key(key, "held out"), dtype=jnp.uint32)))
+
+
+def round_to(params: Params, like: Params) -> dict[str, Any]:
+    """Float leaves rounded once to the dtypes of `like`, whose other leaves are kept; on the host."""
+    found = flatten(params)
+    return unflatten(
+        {
+            path: np.asarray(found[path]).astype(leaf.dtype) if is_float(leaf) else leaf
+            for path, leaf in flatten(like).items()
+        }
+    )
+
+
+def _first_state(learnable, num_rates, num_rounds):
+    def nans(*shape):
+        return jnp.full(shape, jnp.nan, jnp.float32)
+
+    return DescentState(
+        numbers=learnable.numbers, opt_state=ADAM.init(learnable.numbers), step=jnp.zeros((), jnp.int32),
+        best=learnable.numbers, best_score=jnp.asarray(jnp.inf, jnp.float32), best_step=jnp.zeros((), jnp.int32),
+        scores=nans(num_rates, 1 + num_rounds), losses=nans(num_rates, num_rounds),
+    )  # fmt: skip
+
+
+def _place(step, *, num_steps, round_size):
+    run, done = divmod(step, num_steps)
+    return run, -(-done // round_size)
+
+
+def _judge(state, learnable, aim, held, held_support, at):
+    """The state after a look at the held-out examples; nothing changes where there are none."""
+    if held is None:
+        return state
+    score = _mean_loss(aim.loss, learnable, state.numbers, held)
+    if held_support is not None and aim.keep is not None:
+        score += aim.protect * _mean_loss(aim.keep, learnable, state.numbers, held_support)
+    state = replace(state, scores=state.scores.at[at].set(score))
+    if not score < float(state.best_score):  # NaN is never better
+        return state
+    return replace(
+        state, best=state.numbers, best_score=jnp.asarray(score, jnp.float32), best_step=jnp.asarray(state.step)
+    )
+
+
+def _mean_loss(loss, learnable, numbers, sample):
+    total = 0.0
+    for chunk in sample.chunks(min(64, len(sample))):
+        total += float(_sum_loss(loss, learnable.build, learnable.fixed, numbers, chunk))
+    return total / len(sample)
+
+
+@partial(jax.jit, static_argnames=("loss", "build"))
+def _sum_loss(loss, build, fixed, numbers, batch):
+    return jnp.sum(loss(build(fixed, numbers), batch) * batch["weight"])
+
+
+@partial(jax.jit, static_argnames=("aim", "build"))
+def _steps(aim, build, fixed, base, numbers, opt_state, batches, rates):
+    def step(carry, given):
+        numbers, opt_state = carry
+        batch, kept, rate = given
+
+        def objective(numbers):
+            params = build(fixed, numbers)
+            loss = total = jnp.mean(aim.loss(params, batch))
+            if kept is not None:
+                total += aim.protect * jnp.mean(aim.keep(params, kept))
+            if base is not None:
+                leaves = flatten(params)
+                total += aim.anchor / 2 * sum(jnp.sum(jnp.square(leaves[path] - leaf)) for path, leaf in base.items())
+            return total, loss
+
+        gradient, loss = jax.grad(objective, has_aux=True)(numbers)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an int32 step count
+            updates, opt_state = ADAM.update(gradient, opt_state, numbers)
+        numbers = jax.tree.map(lambda x, u: x - rate * (u + aim.weight_decay * x), numbers, updates)
+        return (numbers, opt_state), loss
+
+    given = (batches["task"], batches["support"], rates)
+    (numbers, opt_state), losses = jax.lax.scan(step, (numbers, opt_state), given)
+    return numbers, opt_state, losses
+
+
+def _schedule(rate, num_steps):
+    """float32[num_steps]: a warm-up over a tenth, then a cosine to a twentieth."""
+    steps, warm = np.arange(num_steps), max(1, num_steps // 10)
+    fall = 0.05 + 0.95 * (1 + np.cos(np.pi * (steps - warm) / max(1, num_steps - warm))) / 2
+    return (rate * np.where(steps < warm, (steps + 1) / warm, fall)).astype(np.float32)
+
+
+def _result(state, learnable, aim, held, rates, num_steps):
+    step = int(state.best_step) if held is not None else int(state.step)
+    params = _build(learnable.build, learnable.fixed, state.best if held is not None else state.numbers)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+        raise NonFiniteError(f"learning diverged with learning rates {rates}. Lower them.")
+    run = max(0, step - 1) // num_steps
+    info = {
+        "learning_rate": rates[run],
+        "step": step - run * num_steps,
+        "score": float(state.best_score) if held is not None else None,
+        "scores": [[float(x) for x in row if np.isfinite(x)] for row in np.asarray(state.scores)],
+        "losses": [[float(x) for x in row] for row in np.asarray(state.losses)],
+        "num_held": 0 if held is None else len(held),
+    }
+    return params, info
+
+
+@partial(jax.jit, static_argnames="build")
+def _build(build, fixed, numbers):
+    return build(fixed, numbers)
+
+
+def _floats(params):
+    return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in flatten(params).items() if is_float(leaf)}
+
+
+class _Order:
+    """Which examples a step sees: every epoch in an order of its own, a function of the key and the step alone."""
+
+    def __init__(self, sample: Sample, batch_size: int, key: jax.Array):
+        self._sample, self._size, self._key = sample, min(batch_size, len(sample)), key
+        self._known: dict[int, np.ndarray] = {}
+
+    def _permutation(self, epoch):
+        if epoch not in self._known:
+            seed = np.asarray(jax.random.bits(named_key(self._key, epoch), (2,), jnp.uint32))
+            order = np.random.RandomState(seed).permutation(len(self._sample))
+            self._known = {epoch: order, **dict(list(self._known.items())[:1])}
+        return self._known[epoch]
+
+    def batches(self, first: int, count: int) -> dict[str, np.ndarray]:
+        """[count, batch size, ...] of each array."""
+        places = first * self._size + np.arange(count * self._size)
+        rows = [self._permutation(int(place) // len(self._sample))[place % len(self._sample)] for place in places]
+        rows = np.reshape(rows, (count, self._size))
+        return {name: values[rows] for name, values in self._sample.batch.items()}
