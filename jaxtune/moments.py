@@ -182,7 +182,7 @@ def weigh_rows(site: Any, batch: Mapping[str, Any]) -> jax.Array:
     if num_rows % len(weight):
         raise ValueError(f"{num_rows} rows of {len(weight)} examples")
     rows = jnp.repeat(jnp.asarray(weight, jnp.float32), num_rows // len(weight))
-    return rows if site.mask is None else rows * site.mask
+    return rows if site.mask is None else rows * site.mask.astype(jnp.float32)
 
 
 def _dot(x, y):

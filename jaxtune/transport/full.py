@@ -1,12 +1,16 @@
 """The whole symmetry group: rotations of the stream, invertible maps inside heads, orders of heads and units."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from jaxtune.align.weights import match_weights
 from jaxtune.symmetry import canonical
 from jaxtune.symmetry import element as elements
+from jaxtune.symmetry.element import Element
+from jaxtune.symmetry.spec import Spec
 from jaxtune.transport.prepared import Prepared, Symmetry
 from jaxtune.transport.trust import check_trust, weigh_by_trust
 from jaxtune.tree import check_finite, check_same, map_leaves, task_vector
@@ -75,13 +79,40 @@ def prepare_full(
         max_sweeps=max_sweeps,
         tolerance=tolerance,
     )
+    found = {
+        "is_converged": result.is_converged,
+        "num_sweeps": result.num_sweeps,
+        "start": result.start,
+        "objectives": list(result.objectives),
+    }
+    return carry_by_element(spec, result.element, folded, finetuned, target, trust=trust, info=found)
+
+
+def carry_by_element(
+    spec: Spec,
+    element: Element,
+    folded: Mapping[str, Params],
+    finetuned: Params,
+    target: Params,
+    *,
+    trust: float,
+    info: Mapping[str, Any],
+) -> Prepared:
+    """Moves what fine-tuning did to folded weights by an element of theirs, and writes it into the target's form.
+
+    Args:
+        spec: Symmetry of the networks, not of their folded weights.
+        element: Of the folded weights.
+        folded: "source" and "target", folded.
+        finetuned, target, trust: As `prepare_full`.
+        info: What is known of the element; "lost" and "trust" are added.
+    """
+    folded_spec = canonical.canonical_spec(spec)
 
     def move(finetuned):
         change = task_vector(folded["source"], canonical.fold(spec, finetuned))
-        change = elements.apply(folded_spec, result.element, change)
-        change, factors = weigh_by_trust(
-            folded_spec, result.element, change, folded["target"], folded["source"], trust=trust
-        )
+        change = elements.apply(folded_spec, element, change)
+        change, factors = weigh_by_trust(folded_spec, element, change, folded["target"], folded["source"], trust=trust)
         moved = canonical.unfold(spec, change, target)
         narrow = map_leaves(
             lambda _, leaf: leaf.astype(_narrow(leaf), copy=False),
@@ -94,18 +125,11 @@ def prepare_full(
     return Prepared(
         task_vector=moved,
         spec=folded_spec,
-        element=result.element,
+        element=element,
         fold=functools.partial(canonical.fold, spec),
         # A folded entry norm is a matrix and a tied table two leaves, for which a network of the family has no place.
         realise=functools.partial(canonical.realise, spec) if canonical.can_realise(spec.form) else None,
-        info={
-            "is_converged": result.is_converged,
-            "num_sweeps": result.num_sweeps,
-            "start": result.start,
-            "objectives": list(result.objectives),
-            "lost": lost,
-            "trust": factors,
-        },
+        info={**info, "lost": lost, "trust": factors},
         move=lambda finetuned: move(finetuned)[0],
     )
 

@@ -11,6 +11,7 @@ from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.transport.auto import prepare_auto
 from jaxtune.transport.bico import prepare_bico
+from jaxtune.transport.distill import prepare_distill
 from jaxtune.transport.full import prepare_full
 from jaxtune.transport.gradfix import prepare_align_then_mask, prepare_gradfix, prepare_gradfix_teacher
 from jaxtune.transport.identity import prepare_identity
@@ -18,6 +19,7 @@ from jaxtune.transport.orthogonal_shift import prepare_orthogonal_shift
 from jaxtune.transport.permutation import prepare_permutation
 from jaxtune.transport.prepared import Prepared, Symmetry
 from jaxtune.transport.theseus import prepare_theseus
+from jaxtune.transport.tied import prepare_tied
 from jaxtune.transport.transfusion import prepare_transfusion
 from jaxtune.types import Params
 
@@ -92,6 +94,12 @@ METHODS: dict[str, Method] = {
         "unlabelled inputs",
         "arXiv:2605.28444",
     ),
+    "tied": Method(
+        prepare_tied,
+        "the element of full, corrected by activations; no examples give full, many Theseus with its sides tied",
+        "unlabelled inputs",
+        "this project; arXiv:2602.12952",
+    ),
     "gradfix": Method(
         prepare_gradfix,
         "keep the entries that the new base's gradients on the examples point at",
@@ -109,6 +117,12 @@ METHODS: dict[str, Method] = {
         "full, then masked by gradients: by labels where there are any, else by the fine-tuned source's word",
         "unlabelled inputs",
         "this project",
+    ),
+    "distill": Method(
+        prepare_distill,
+        "the new base, or a transport onto it, learns from the fine-tuned source what to say on the inputs",
+        "unlabelled inputs",
+        "arXiv:1503.02531; arXiv:2405.17258",
     ),
 }
 
