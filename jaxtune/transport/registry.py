@@ -12,7 +12,6 @@ from jaxtune.sample import Sample
 from jaxtune.transport.auto import prepare_auto
 from jaxtune.transport.bico import prepare_bico
 from jaxtune.transport.distill import prepare_distill
-from jaxtune.transport.distill import prepare_distill
 from jaxtune.transport.full import prepare_full
 from jaxtune.transport.gradfix import prepare_align_then_mask, prepare_gradfix, prepare_gradfix_teacher
 from jaxtune.transport.identity import prepare_identity
@@ -118,12 +117,6 @@ METHODS: dict[str, Method] = {
         "full, then masked by gradients: by labels where there are any, else by the fine-tuned source's word",
         "unlabelled inputs",
         "this project",
-    ),
-    "distill": Method(
-        prepare_distill,
-        "the new base, or a transport onto it, learns from the fine-tuned source what to say on the inputs",
-        "unlabelled inputs",
-        "arXiv:1503.02531; arXiv:2405.17258",
     ),
     "distill": Method(
         prepare_distill,
