@@ -119,6 +119,34 @@ def test_recipes_of_mergekit_give_what_mergekit_gives(name, place, tmp_path):
         np.testing.assert_allclose(leaf, theirs[tensor], rtol=0, atol=1e-6 * float(scale), err_msg=tensor)
 
 
+def test_the_mega_example_runs_as_it_stands(place, tmp_path, monkeypatch):
+    """Two documents, each with its out_path, the second of which takes what the first makes."""
+    first = RECIPES["gradient-slerp"].strip() + "\nout_path: ./models/gradient-slerp\n"
+    second = f"""
+models:
+  - {{model: ./models/gradient-slerp, parameters: {{density: [1, 0.7, 0.1], weight: 1.0}}}}
+  - model: C
+    parameters:
+      density: 0.33
+      weight:
+        - {{filter: mlp, value: 0.5}}
+        - value: 0
+merge_method: ties
+base_model: {model_folder(place, "llama", seed=0, **DEPTH)}
+parameters: {{normalize: true, int8_mask: true}}
+dtype: float32
+"""
+    monkeypatch.chdir(tmp_path)
+    texts = [name_models(text, place, **DEPTH) for text in (first, second)]
+    (tmp_path / "mega.yml").write_text("---".join((texts[0], texts[1] + "out_path: ./models/gradient-slerp-ties\n")))
+    merge_recipe("mega.yml", tmp_path / "ours")
+    merge_with_mergekit(texts[0].replace("out_path: ./models/gradient-slerp\n", ""), "models/gradient-slerp")
+    theirs = merge_with_mergekit(texts[1], tmp_path / "theirs")
+    for tensor, leaf in flatten(checkpoint.load(tmp_path / "ours").params).items():
+        scale = float(np.abs(theirs[tensor]).max())
+        np.testing.assert_allclose(leaf, theirs[tensor], rtol=0, atol=1e-6 * scale, err_msg=tensor)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_what_is_written_loads_and_computes(family, place, tmp_path):

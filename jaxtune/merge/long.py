@@ -24,8 +24,8 @@ def flatten_long(view: View, scale: float) -> Combine:
     if ratio < GRAM_RATIO:  # Q once more, from what it makes of the matrix; then the angle that it is off by
         root = root @ _inverse_root(_add_up(view, _gram_of_sum, root))[0]
         root = root @ polar(np, _add_up(view, _product_of_sum, root))
-    # The singular values are the eigenvalues of QᵀM, which add up to the inner product of Q and M.
-    mean = np.sum((gram @ root) * np.eye(len(gram))) / max(min(view.shape), 1)
+    # The singular values are the eigenvalues of QᵀM, which add up to the inner product of Q and M, here of B and MᵀM.
+    mean = np.sum(root * gram) / max(min(view.shape), 1)
     return Combine(_add_products, (scale, ((mean * root).astype(view.dtype),)))
 
 
