@@ -33,7 +33,10 @@ def get_config():
     c.learning_rate = 3e-4
     c.schedule = dict(schedule="cosine", num_warmup_steps=40, final_fraction=0.0)
     c.optimizer = dict(name="adamw", weight_decay=0.0, clip_norm=1.0)
+    # Both make a fine-tune less sure of itself, as models that are to be averaged with their base should be (BANG).
     c.label_smoothing = 0.0
+    c.mixup = 0.0
+    c.half = dict(level=config_dict.placeholder(str), stage=0)  # "category", "layer" or "leaf": half fine-tuning
 
     c.log_every = 20
     c.evaluate_every = 100

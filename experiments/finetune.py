@@ -1,4 +1,4 @@
-"""Fine-tunes a classifier: all of its weights, or LoRA factors beside them.
+"""Fine-tunes a classifier: all of its weights, a drawn half of its matrices, or LoRA factors beside them.
 
     python -m experiments.finetune --config=configs/finetune_digits.py --workdir=runs/digits \\
         --config.base=runs/glyphs/model [--config.lora.rank=4]
@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from experiments.command import run_main
-from experiments.fitting import FIELDS, check_fields, fit, measure, print_result
+from experiments.fitting import FIELDS, OPTIONAL, check_fields, fit, measure, print_result
 from experiments.sources import open_splits
 from experiments.workdir import Workdir
 from jaxtune import tree
@@ -25,14 +25,16 @@ from jaxtune.errors import ConfigError
 from jaxtune.models import registry
 from jaxtune.rng import named_key
 from jaxtune.train.adapter import write_adapter
+from jaxtune.train.half import draw_half
 from jaxtune.train.lora import init_lora, lora_scale, merge_lora
 
+HALF_FIELDS = ("half.level", "half.stage")  # of `train.half.draw_half`; a config may leave them out
 LORA_FIELDS = ("lora.rank", "lora.alpha", "lora.is_rank_stabilised", "lora.patterns", "lora.merge")
 
 
 def finetune(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[str] = ()) -> int | None:
     """Runs the config in the folder `path`; returns the signal that ended it early, or None when it is finished."""
-    check_fields(config, (*FIELDS, "base", *LORA_FIELDS))
+    check_fields(config, (*FIELDS, "base", *LORA_FIELDS), optional=(*OPTIONAL, *HALF_FIELDS))
     if not config.base:
         raise ConfigError("config.base is not set. Name the folder of the model to fine-tune: --config.base=DIR.")
     base = load(config.base)
@@ -49,7 +51,13 @@ def finetune(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[
         return None
 
     is_lora = config.lora.rank is not None
-    trained, params = (_fit_factors if is_lora else _fit_weights)(config, model_config, workdir, splits, params)
+    half = _draw_half(config, model_config, params)
+    if is_lora and half is not None:
+        raise ConfigError("config.half.level and config.lora.rank are both set; factors are trained all. Unset one.")
+    if is_lora:
+        trained, params = _fit_factors(config, model_config, workdir, splits, params)
+    else:
+        trained, params = _fit_weights(config, model_config, workdir, splits, params, half)
     if not trained.is_finished:
         return trained.stop_signal
     if is_lora:
@@ -71,13 +79,29 @@ def finetune(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[
             inputs=[base.path],
         )
     result = measure(config, model_config, params, splits, trained)
+    if half is not None:
+        result["half"] = half.facts()
     workdir.write_result(result)
     print_result(workdir, result)
     return None
 
 
-def _fit_weights(config, model_config, workdir, splits, params):
-    """Trains every leaf that the family lets gradients move."""
+def _draw_half(config, model_config, params):
+    """The half that is trained; None where all is."""
+    half = config.get("half")
+    if half is None or half.level is None:
+        return None
+    return draw_half(
+        tree.flatten(params),
+        seed=config.seed,
+        stage=half.stage,
+        level=half.level,
+        is_trainable=lambda path: registry.is_trainable(model_config, path),
+    )
+
+
+def _fit_weights(config, model_config, workdir, splits, params, half):
+    """Trains every leaf that the family lets gradients move, or the half of them that was drawn."""
 
     def forward(params, frozen, batch, key):
         return registry.apply_train(model_config, params, batch, key)
@@ -90,7 +114,7 @@ def _fit_weights(config, model_config, workdir, splits, params):
         params=params,
         forward=forward,
         to_model=lambda trained, frozen: trained,
-        is_trainable=lambda path: registry.is_trainable(model_config, path),
+        is_trainable=(half.is_trained if half is not None else lambda path: registry.is_trainable(model_config, path)),
     )
 
 

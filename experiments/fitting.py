@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -45,33 +45,35 @@ FIELDS = (
     "num_kept",  # checkpoints to go on from
     "eval_batch_size",
 )
+# A config may leave these out.
+OPTIONAL = {"mixup": 0.0}  # of `train.step.make_train_step`
 EVAL_METRICS = ("loss", "accuracy", "top_k_accuracy", "calibration_error")
 
 
-def check_fields(config: ml_collections.ConfigDict, fields: tuple[str, ...]) -> None:
-    """Checks that a config has exactly these fields; "a.b" is field b of the dict a.
+def check_fields(config: ml_collections.ConfigDict, fields: tuple[str, ...], *, optional: Iterable[str] = ()) -> None:
+    """Checks that a config has exactly these fields, and of the optional ones any; "a.b" is field b of the dict a.
 
     Raises:
         ConfigError: lists what is missing and what is unknown.
     """
-    found = set()
+    found, known = set(), (*fields, *optional)
 
     def walk(values, prefix):
         for name, value in values.items():
             path = f"{prefix}{name}"
-            if path not in fields and any(field.startswith(f"{path}.") for field in fields) and _is_dict(value):
+            if path not in known and any(field.startswith(f"{path}.") for field in known) and _is_dict(value):
                 walk(value, f"{path}.")
             else:
                 found.add(path)
 
     walk(config, "")
     lines = [f"  {name}: missing" for name in fields if name not in found]
-    lines += [f"  {name}: no such field" for name in sorted(found - set(fields))]
+    lines += [f"  {name}: no such field" for name in sorted(found - set(known))]
     if lines:
         raise ConfigError(
             f"the config differs from what this program reads in {len(lines)} fields:\n"
             + "\n".join(lines)
-            + f"\nIts fields: {', '.join(fields)}."
+            + f"\nIts fields: {', '.join(known)}."
         )
 
 
@@ -117,6 +119,7 @@ def fit(
         named_key(jax.random.key(config.seed), "step"),
         embeddings=embeddings,
         label_smoothing=config.label_smoothing,
+        mixup=config.get("mixup", OPTIONAL["mixup"]),
         is_trainable=is_trainable,
     )
     frozen = replicate(frozen or {}, mesh)

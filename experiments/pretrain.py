@@ -12,7 +12,7 @@ import jax
 import ml_collections
 
 from experiments.command import run_main
-from experiments.fitting import FIELDS, check_fields, fit, measure, print_result
+from experiments.fitting import FIELDS, OPTIONAL, check_fields, fit, measure, print_result
 from experiments.sources import open_splits
 from experiments.workdir import Workdir
 from jaxtune.checkpoint.output import make_layout, write_checkpoint
@@ -22,7 +22,7 @@ from jaxtune.rng import named_key
 
 def pretrain(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[str] = ()) -> int | None:
     """Runs the config in the folder `path`; returns the signal that ended it early, or None when it is finished."""
-    check_fields(config, (*FIELDS, "model"))
+    check_fields(config, (*FIELDS, "model"), optional=OPTIONAL)
     model_config = registry.config_from_dict(config.model.to_dict())
     splits = open_splits(config.data)
     workdir = Workdir(path, config.to_dict(), overrides=overrides, parents={}, seeds={"seed": config.seed})

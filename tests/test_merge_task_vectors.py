@@ -171,19 +171,19 @@ def test_bitdelta_is_the_nearest_multiple_of_the_signs():
 
 def test_half_reset_keeps_two_of_four_and_follows_seed_and_names():
     names = [f"block_{n}/attn/{part}/kernel" for n in range(200) for part in "qkvo"]
-    kept = {name: is_kept(3, 0, name, by_category=True) for name in names}
+    kept = {name: is_kept(3, 0, name, level="category") for name in names}
     for n in range(200):
         assert sum(kept[f"block_{n}/attn/{part}/kernel"] for part in "qkvo") == 2
     share = np.mean([kept[f"block_{n}/attn/q/kernel"] for n in range(200)])
     assert 0.35 < share < 0.65  # 200 coins: four standard deviations are 0.14
-    assert kept == {name: is_kept(3, 0, name, by_category=True) for name in names}
-    assert kept != {name: is_kept(4, 0, name, by_category=True) for name in names}
-    assert kept != {name: is_kept(3, 1, name, by_category=True) for name in names}
+    assert kept == {name: is_kept(3, 0, name, level="category") for name in names}
+    assert kept != {name: is_kept(4, 0, name, level="category") for name in names}
+    assert kept != {name: is_kept(3, 1, name, level="category") for name in names}
 
 
 def test_half_reset_treats_categories_as_the_paper_does():
     def kept(name):
-        return is_kept(0, 0, name, by_category=True)
+        return is_kept(0, 0, name, level="category")
 
     counts = [sum(kept(f"model.layers.{n}.mlp.{p}_proj.weight") for p in ("gate", "up", "down")) for n in range(200)]
     assert set(counts) == {1, 2}
@@ -196,7 +196,21 @@ def test_half_reset_treats_categories_as_the_paper_does():
     assert kept("lm_head.weight")
 
 
-@pytest.mark.parametrize("level", ["leaf", "category"])
+def test_half_reset_keeps_one_of_two_layers():
+    def kept(name, seed=0):
+        return is_kept(seed, 0, name, level="layer")
+
+    for seed in range(4):
+        whole = [kept(f"model.layers.{n}.self_attn.q_proj.weight", seed) for n in range(24)]
+        assert [sum(whole[n : n + 2]) for n in range(0, 24, 2)] == [1] * 12
+        assert whole == [kept(f"model.layers.{n}.mlp.experts.7.up.weight", seed) for n in range(24)]
+        assert 0 < sum(whole[::2]) < 12
+    assert kept("model.embed_tokens.weight")
+    assert kept("block_0/attn/q/kernel") != kept("block_1/mlp/up/bias")
+    assert kept("final_norm/scale")
+
+
+@pytest.mark.parametrize("level", ["leaf", "category", "layer"])
 def test_half_reset_moves_whole_leaves(level):
     tree = {f"block_{n}/mlp/{part}/kernel": draw(1)[0] for n in range(8) for part in ("fc1", "fc2")}
     merged = merge("half_reset", [tree], level=level, seed=5)

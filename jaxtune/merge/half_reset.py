@@ -27,6 +27,7 @@ CATEGORIES = {
         r"(norm2|ln_?2|post_attention_layernorm|mlp_norm|ffn_norm|layer_norm2|layernorm_after)",
     ),
 }
+LEVELS = ("category", "layer", "leaf")
 KEPT = re.compile(r"embed|wte|wpe|shared|lm_head|(^|[./])head|classifier|score", re.IGNORECASE)
 PARTS = {"kernel", "weight", "bias", "scale", "gain", "offset", "embedding"}
 
@@ -39,24 +40,32 @@ def merge_half_reset(view: View, *, level: str = "category", weight: tuple[float
         level: "category": in each block two of query, key, value and output, in half of the blocks two and in the
             others one of the three matrices of a gated feed-forward part, one matrix of a plain one, one of two norms;
             a bias goes with its matrix, embeddings and heads keep all, and what has no known name is drawn by itself.
-            "leaf": every leaf is kept with probability one half.
+            "layer": one of each two blocks is kept whole, and all that is outside of blocks. "leaf": every leaf is kept
+            with probability one half.
         weight: Of each task vector.
 
     Reference:
-        Hui et al. 2024, arXiv:2404.18466: half fine-tuning, applied after the fact. Differs:
+        Hui et al. 2024, arXiv:2404.18466: half fine-tuning, applied after the fact; `train.half` draws the same masks
+        for training. Differs:
         members of a category are known by name, so that a category that lacks some keeps half of them on average.
     """
-    factors = tuple(
-        factor * is_kept(view.seed, model, view.name, by_category=level == "category")
-        for model, factor in enumerate(weight)
-    )
+    factors = tuple(factor * is_kept(view.seed, model, view.name, level=level) for model, factor in enumerate(weight))
     return Combine(add_weighted, (factors,))
 
 
-def is_kept(seed: int, model: int, name: str, *, by_category: bool) -> bool:
-    """Whether one model's leaf keeps what fine-tuning made of it."""
-    if not by_category:
-        return _draw(seed, model, f"leaf {name}", 1)[0] % 2 == 0
+def is_kept(seed: int, model: int, name: str, *, level: str) -> bool:
+    """Whether one model's leaf keeps what fine-tuning made of it; a function of these four alone.
+
+    Args:
+        seed: Of the draw.
+        model: Which one: its place in a merge, the stage in training.
+        name: Of the leaf, components divided by "/" or ".".
+        level: One of `LEVELS`.
+    """
+    if level == "leaf":
+        return bool(_draw(seed, model, f"leaf {name}", 1)[0] % 2 == 0)
+    if level == "layer":
+        return _keeps_layer(seed, model, re.split(r"[./]", name))
     if KEPT.search(name):
         return True
     components = re.split(r"[./]", name)
@@ -68,7 +77,17 @@ def is_kept(seed: int, model: int, name: str, *, by_category: bool) -> bool:
         for place, member in enumerate(members):
             if re.fullmatch(member, components[-1]):
                 return _keeps_member(seed, model, block, category, len(members), place)
-    return _draw(seed, model, f"leaf {'/'.join(components)}", 1)[0] % 2 == 0
+    return bool(_draw(seed, model, f"leaf {'/'.join(components)}", 1)[0] % 2 == 0)
+
+
+def _keeps_layer(seed, model, components):
+    """One of the blocks 2 n and 2 n + 1 is kept; of an odd number the last one by chance."""
+    for place, component in enumerate(components):
+        numbered = re.fullmatch(r"(.*?_?)(\d+)", component)
+        if numbered:
+            stack, number = "/".join([*components[:place], numbered[1]]), int(numbered[2])
+            return bool(number % 2 == _draw(seed, model, f"layer {stack} {number // 2}", 1)[0] % 2)
+    return True
 
 
 def _keeps_member(seed, model, block, category, size, place):
@@ -86,5 +105,5 @@ HALF_RESET = Method(
     "a random half of the matrices back to the base",
     "arXiv:2404.18466",
     per_model=("weight",),
-    check=lambda options: check_choice(options, "level", ("category", "leaf")),
+    check=lambda options: check_choice(options, "level", LEVELS),
 )

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 from jaxtune import tree
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, DataError
 from jaxtune.models.readout import read_out
+from jaxtune.rng import named_key
 from jaxtune.types import Params
 
 Batch = Mapping[str, jax.Array | np.ndarray]
@@ -101,6 +102,24 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return -jnp.mean((1.0 - label_smoothing) * on_label + label_smoothing * even)
 
 
+def mix_images(key: jax.Array, batch: Batch, alpha: float) -> tuple[dict, jax.Array, jax.Array]:
+    """Every image mixed with another one of its batch.
+
+    Shapes:
+        result: the batch, int32[N] labels of the others, float32[] the share that each image keeps of itself.
+
+    Raises:
+        DataError: the batch has no images; token ids cannot be mixed.
+    """
+    if "image" not in batch:
+        raise DataError(f"mixup mixes images, the batch has: {', '.join(batch)}. Use label_smoothing for texts.")
+    images, labels = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
+    share = jax.random.beta(named_key(key, "share"), alpha, alpha)
+    order = jax.random.permutation(named_key(key, "order"), len(labels))
+    kept = share.astype(images.dtype)
+    return {**batch, "image": kept * images + (1 - kept) * images[order]}, labels[order], share
+
+
 def make_train_step(
     forward: Forward,
     optimizer: optax.GradientTransformation,
@@ -109,6 +128,7 @@ def make_train_step(
     *,
     embeddings: jax.Array | None = None,
     label_smoothing: float = 0.0,
+    mixup: float = 0.0,
     is_trainable: Callable[[str], bool] = lambda path: True,
 ) -> TrainStep:
     """Compiles one step: loss of a batch, gradient of the trainable leaves, update, new statistics.
@@ -123,6 +143,8 @@ def make_train_step(
         key: Source of the model's random bits; step `s` uses `fold_in(key, s)`, so a resumed run draws the same.
         embeddings: float32[C, D], the frozen read-out of D features; None where the outputs are logits.
         label_smoothing: Share of the target spread evenly over the classes.
+        mixup: α of Beta(α, α), from which each step draws the share that every image, and its label, keeps of itself;
+            the rest is another image of the batch. 0: none. Images only.
         is_trainable: Path of a leaf of `state.params` -> whether the optimiser moves it.
 
     Returns:
@@ -130,19 +152,30 @@ def make_train_step(
         float32[]: "loss", "accuracy" and "grad_norm", of the parameters before the update.
 
     Raises:
-        ConfigError: `label_smoothing` outside [0, 1).
+        ConfigError: `label_smoothing` outside [0, 1), or `mixup` below 0.
+
+    Reference:
+        Zhang et al. 2018, arXiv:1710.09412 (mixup).
     """
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1.")
+    if not 0 <= mixup < np.inf:
+        raise ConfigError(f"mixup is {mixup}; it must be at least 0.")
 
     def step(state, frozen, batch):
         moving, still = split_trainable(state.params, is_trainable)
         step_key = jax.random.fold_in(key, state.step)
+        others, share = None, 1.0
+        if mixup:
+            batch, others, share = mix_images(named_key(step_key, "mixup"), batch, mixup)
 
         def loss_of(moving):
             outputs, params = forward(join_trainable(moving, still), frozen, batch, step_key)
             logits = outputs if embeddings is None else read_out(outputs, embeddings)
-            return cross_entropy(logits, batch["label"], label_smoothing), (logits, params)
+            loss = cross_entropy(logits, batch["label"], label_smoothing)
+            if others is not None:
+                loss = share * loss + (1 - share) * cross_entropy(logits, others, label_smoothing)
+            return loss, (logits, params)
 
         (loss, (logits, params)), gradient = jax.value_and_grad(loss_of, has_aux=True)(moving)
         updates, opt_state = optimizer.update(gradient, state.opt_state, moving)
