@@ -149,14 +149,14 @@ def match_learned(
     temperature: float = 1.0,
     num_steps: int = 300,
     batch_size: int = 64,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     order_rate: float = 1e-2,
     residual_weight: float = 0.1,
     validation_share: float = 0.2,
     evaluate_every: int = 20,
-    patience: int = 5,
+    patience: int = 10,
     mixes: bool = True,
-    start: str = "agreement",
+    start: str = "activations",
 ) -> LearnedResult:
     """Learns the element under which the line between moved source and target predicts as its ends do.
 
@@ -222,12 +222,12 @@ def match_straight_through(
     sample: Sample,
     num_steps: int = 300,
     batch_size: int = 64,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     order_rate: float = 1e-2,
     residual_weight: float = 0.1,
     validation_share: float = 0.2,
     evaluate_every: int = 20,
-    patience: int = 5,
+    patience: int = 10,
 ) -> LearnedResult:
     """`match_learned` for orders: every step solves the assignments, and the gradient passes them straight through.
 
@@ -263,12 +263,12 @@ def match_sinkhorn(
     temperature: float = 1.0,
     num_steps: int = 300,
     batch_size: int = 64,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     order_rate: float = 5e-2,
     residual_weight: float = 0.1,
     validation_share: float = 0.2,
     evaluate_every: int = 20,
-    patience: int = 5,
+    patience: int = 10,
 ) -> LearnedResult:
     """`match_learned` for orders, which are doubly stochastic matrices on the way and hard at the end.
 
