@@ -15,6 +15,7 @@ from jaxtune.transport.distill import prepare_distill
 from jaxtune.transport.full import prepare_full
 from jaxtune.transport.gradfix import prepare_align_then_mask, prepare_gradfix, prepare_gradfix_teacher
 from jaxtune.transport.identity import prepare_identity
+from jaxtune.transport.learned import prepare_learned
 from jaxtune.transport.orthogonal_shift import prepare_orthogonal_shift
 from jaxtune.transport.permutation import prepare_permutation
 from jaxtune.transport.prepared import Prepared, Symmetry
@@ -123,6 +124,12 @@ METHODS: dict[str, Method] = {
         "the new base, or a transport onto it, learns from the fine-tuned source what to say on the inputs",
         "unlabelled inputs",
         "arXiv:1503.02531; arXiv:2405.17258",
+    ),
+    "learned": Method(
+        prepare_learned,
+        "an element learned so that the moved update predicts as the fine-tune does on the inputs; exact",
+        "unlabelled inputs",
+        "this project; arXiv:2506.22712",
     ),
 }
 
