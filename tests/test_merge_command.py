@@ -333,7 +333,7 @@ def test_the_strength_of_lines_is_read_off_the_models(method, tmp_path):
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-def test_a_model_from_another_base_is_carried_over_first(tmp_path):
+def test_a_model_from_another_base_is_carried_over_first(tmp_path, capsys):
     from hub_models import make_model, randomise, write_folder
 
     for seed, name in enumerate(("old", "old-tuned", "new")):
@@ -345,6 +345,10 @@ def test_a_model_from_another_base_is_carried_over_first(tmp_path):
     carried = {"base": str(tmp_path / "old"), "method": "identity"}
     values["models"] = [{"model": str(tmp_path / "old-tuned"), "transport": carried}]
     recipe.write_text(yaml.safe_dump(values))
+    assert main(["merge", str(recipe), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert f"old-tuned, carried over from {tmp_path / 'old'}" in said
+    assert "1 model is carried over first" in said
     merge_recipe(recipe, tmp_path / "out")
     expected = jt.transport(*(jt.load(tmp_path / name) for name in ("old", "old-tuned", "new")), method="identity")
     for name, leaf in flatten(jt.load(tmp_path / "out").params).items():

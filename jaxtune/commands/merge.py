@@ -11,6 +11,7 @@ from jaxtune.checkpoint import refuse_existing
 from jaxtune.commands.mergekit_flags import apply_flags
 from jaxtune.errors import ConfigError, OutputError
 from jaxtune.merging import PlannedMerge, merge_recipe, plan_recipe
+from jaxtune.recipes.jobs import Transported
 from jaxtune.report.run import Run
 from jaxtune.report.table import count_bytes, render_table
 from jaxtune.stream.processes import ALONE, join_processes
@@ -59,7 +60,7 @@ def describe_plan(planned: PlannedMerge) -> str:
     plan, jobs = planned.plan, planned.jobs
     rows = [
         {"what": "merge", "value": planned.recipe.name or planned.recipe.merge_method},
-        *({"what": f"model {n}", "value": str(model.path)} for n, model in enumerate(jobs.models)),
+        *({"what": f"model {n}", "value": _name(model)} for n, model in enumerate(jobs.models)),
         {"what": "tensors", "value": _count(plan.methods)},
         {"what": "dtypes", "value": _count(plan.dtypes)},
         {"what": "files", "value": f"{len(planned.files.headers)}"},
@@ -67,9 +68,22 @@ def describe_plan(planned: PlannedMerge) -> str:
         {"what": "write", "value": count_bytes(plan.write_bytes)},
         {"what": "memory, at most about", "value": f"{count_bytes(plan.memory_bytes)}, {plan.num_workers} workers"},
         {"what": "time with warm files, about", "value": f"{plan.seconds:.1f} s"},
-        *({"what": "note", "value": note} for note in jobs.notes),
+        *({"what": "note", "value": note} for note in (*jobs.notes, *_work_before(jobs))),
     ]
     return render_table({"what": "plan", "value": ""}, rows) + "\nThese models fit together. Nothing was written."
+
+
+def _name(model) -> str:
+    words = f", carried over from {model.base.path}" if isinstance(model, Transported) else ""
+    return f"{model.path}{words}"
+
+
+def _work_before(jobs) -> list[str]:
+    """What is done before the merge, and no part of the figures."""
+    count = sum(isinstance(model, Transported) for model in jobs.models)
+    return [
+        f"{count} model{'s are' if count > 1 else ' is'} carried over first: memory and time of that come on top"
+    ] * bool(count)
 
 
 def summarise(report: dict[str, Any], out: str) -> str:
