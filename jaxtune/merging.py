@@ -1,6 +1,7 @@
 """From a recipe to a merged model on disk: planned, made, described and published, or taken up where it was killed."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -93,11 +94,24 @@ def plan_recipe(
 def _plan_all(recipes, limits):
     made: dict[str, Any] = {}
     planned = []
-    for recipe in recipes:
-        planned.append(_plan(recipe, made, limits))
-        for name in filter(None, (recipe.name, recipe.out_path)):
-            made[name] = plan_result(planned[-1].jobs, name)
+    with _without_collecting():
+        for recipe in recipes:
+            planned.append(_plan(recipe, made, limits))
+            for name in filter(None, (recipe.name, recipe.out_path)):
+                made[name] = plan_result(planned[-1].jobs, name)
     return planned
+
+
+@contextlib.contextmanager
+def _without_collecting():
+    """Without the garbage collector, which looks for cycles among records of tensors, finds none, and looks again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _plan(recipe, made, limits):

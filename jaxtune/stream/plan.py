@@ -91,12 +91,13 @@ def plan_merge(
             )
         num_workers = min(num_workers, int(fits))
     methods: dict[str, int] = {}
-    dtypes: dict[str, int] = {}
+    dtypes: dict[np.dtype, int] = {}
     read, cost = 0, 0.0
     for job in jobs.jobs:
         methods[job.method] = methods.get(job.method, 0) + 1
-        dtypes[str(job.out_dtype)] = dtypes.get(str(job.out_dtype), 0) + 1
-        read += sum(_stored_bytes(stored[source.model].get(source.name)) for source in _sources(job))
+        dtypes[job.out_dtype] = dtypes.get(job.out_dtype, 0) + 1
+        for source in _sources(job):
+            read += _stored_bytes(stored[source.model].get(source.name))
         cost += _nanoseconds(job)
     return MergePlan(
         num_tensors=len(jobs.jobs),
@@ -107,7 +108,7 @@ def plan_merge(
         num_workers=num_workers,
         seconds=START_SECONDS + (cost / num_workers + files.num_bytes * DISK_NANOSECONDS) * 1e-9,
         methods=methods,
-        dtypes=dtypes,
+        dtypes={str(dtype): count for dtype, count in dtypes.items()},
     )
 
 
@@ -139,7 +140,7 @@ def _sources(job):
 
 
 def _stored_bytes(info):
-    return 0 if info is None else math.prod(info.shape) * np.dtype(info.dtype).itemsize
+    return 0 if info is None else math.prod(info.shape) * info.dtype.itemsize
 
 
 def _nanoseconds(job):
