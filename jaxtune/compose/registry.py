@@ -10,7 +10,9 @@ from jaxtune.compose.ada_rank import ada_rank
 from jaxtune.compose.atlas import atlas, atlas_few_shot, atlas_negation, atlas_test_time
 from jaxtune.compose.composition import Composition
 from jaxtune.compose.depth_scales import lines
+from jaxtune.compose.learned_soup import learned_soup
 from jaxtune.compose.sca_learn import sca_learn
+from jaxtune.compose.soups import best_k_soup, greedy_soup, uniform_soup
 from jaxtune.compose.sy_merge import sy_merge
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
@@ -103,6 +105,34 @@ METHODS: dict[str, Method] = {
         "fine-tunes of other tasks, weighted for a new one by its inputs alone",
         "unlabelled inputs",
         "arXiv:2407.02880",
+        samples="together",
+    ),
+    "uniform_soup": Method(
+        uniform_soup,
+        "the mean of fine-tunes of one task",
+        "labelled examples",
+        "arXiv:2203.05482",
+        samples="together",
+    ),
+    "greedy_soup": Method(
+        greedy_soup,
+        "the best fine-tune of one task, and each next one that makes the mean better",
+        "labelled examples",
+        "arXiv:2203.05482",
+        samples="together",
+    ),
+    "best_k_soup": Method(
+        best_k_soup,
+        "the mean of the best fine-tunes of one task, as many as do best",
+        "labelled examples",
+        "arXiv:2203.05482",
+        samples="together",
+    ),
+    "learned_soup": Method(
+        learned_soup,
+        "fine-tunes of one task, weighted by gradients for each model or each leaf of it",
+        "labelled examples",
+        "arXiv:2203.05482",
         samples="together",
     ),
 }

@@ -219,9 +219,12 @@ def zero_shot_classifier(
                 f"{len(class_names)} texts; the model's vocabulary has {config.text.vocab_size}. "
                 "Use the tokenizer that the checkpoint was trained with."
             )
-        features.append(encode_text(config, params, text))
+        features.append(_encode_text(config, params, text))
     mean = jnp.stack(features).mean(axis=0)
     return normalise_features(mean) if renormalise else mean
+
+
+_encode_text = jax.jit(encode_text, static_argnums=0)
 
 
 def example(key: jax.Array, config: Config, size: int) -> dict[str, jax.Array]:
