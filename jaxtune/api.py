@@ -25,12 +25,11 @@ from jaxtune.checkpoint import Checkpoint
 from jaxtune.combining import interpolate as interpolate
 from jaxtune.combining import merge as merge
 from jaxtune.composing import compose as compose
-from jaxtune.data.source import open_source
 from jaxtune.errors import ConfigError, unknown_name
-from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
 from jaxtune.evaluate.equivalence import Equivalence
 from jaxtune.evaluate.exactness import verify_element
 from jaxtune.evaluate.example import apply_to_matrix, example_batch
+from jaxtune.evaluating import evaluate as evaluate
 from jaxtune.lazy import is_lazy
 from jaxtune.loading import Model, load, network_of, open_models, share_vocabulary
 from jaxtune.models import registry
@@ -235,27 +234,6 @@ def transport(
     if evidence is not None and TRANSPORT_METHODS[method].data == "none":  # with data, weights are not all that counts
         expected = expect_recovery(evidence.residual["identity" if prepared.element is None else "found"])
     return Transport(params, prepared, evidence, equivalence, expected)
-
-
-def evaluate(model: Model, source: Any, *, config: Any = None, **options: Any) -> Metrics:
-    """Accuracy and loss of a model on a data source; options as `evaluate_classifier` takes them.
-
-    Args:
-        model: What is measured.
-        source: A data source, or a name for `data.open_source`, whose test split is taken.
-        config: Architecture of a bare tree.
-        **options: `embeddings` for a frozen read-out, `batch_size`, `top_k`.
-
-    Raises:
-        ConfigError: the architecture is unknown.
-        DataError: the source is missing, is empty or does not fit the model.
-    """
-    models, config = open_models({"model": model}, config)
-    if config is None:
-        raise ConfigError("pass config= (a model config or its dict): a bare tree does not say what it computes.")
-    if isinstance(source, str | Path):
-        source = open_source(str(source), "test")
-    return evaluate_classifier(config, models["model"], source, **options)
 
 
 def _symmetry(config, spec) -> Symmetry:

@@ -16,6 +16,8 @@ from jaxtune import symmetry, tree
 from jaxtune.errors import ConfigError, DataError, NonFiniteError, SpecError, TreeMismatchError, UnknownNameError
 from jaxtune.loading import check_same_architecture
 from jaxtune.models import mlp, registry, vit
+from jaxtune.sample import Sample
+from jaxtune.sampling import Forward
 from jaxtune.symmetry import canonical
 from jaxtune.transport.prepared import apply_transport
 
@@ -337,6 +339,30 @@ def test_evaluate_takes_trees_and_checkpoints(trees, checkpoints):
         jt.evaluate(trees[0], records)
     with pytest.raises(DataError, match="empty"):
         jt.evaluate(trees[0], Empty(trees[0]), config=MLP)
+
+
+def test_evaluate_takes_several_models_samples_and_named_splits(trees, tmp_path):
+    records = Records(trees[0])
+    several = jt.evaluate(trees[:2], records, config=MLP)
+    for one, params in zip(several, trees[:2], strict=True):
+        alone = dataclasses.asdict(jt.evaluate(params, records, config=MLP))
+        assert dataclasses.asdict(one) == pytest.approx(alone, rel=1e-5)
+    sample = Sample("images", {"image": records.image, "label": records.label}, Forward(MLP))
+    assert jt.evaluate(trees[0], sample) == several[0]
+    assert jt.evaluate(trees[:1], sample) == several[:1]
+    with pytest.raises(ConfigError, match="no model"):
+        jt.evaluate([], sample)
+    with pytest.raises(ConfigError, match="read-out already"):
+        jt.evaluate(trees[0], sample, embeddings=np.ones((3, 3)))
+    path = tmp_path / "images.npz"
+    image = (records.image * 255).astype(np.uint8)
+    np.savez(path, train_x=image, train_y=records.label, class_names=np.array(["a", "b", "c"]))
+    parts = [jt.evaluate(trees[0], path, config=MLP, split=split).num_examples for split in ("train", "validation")]
+    assert sum(parts) == 10
+    with pytest.raises(DataError, match="test"):
+        jt.evaluate(trees[0], path, config=MLP)
+    with pytest.raises(UnknownNameError, match="validation"):
+        jt.evaluate(trees[0], path, config=MLP, split="valid")
 
 
 def test_symmetry_of_is_the_familys():

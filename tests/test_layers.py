@@ -63,6 +63,7 @@ MAY_IMPORT["deciding"] = (
 MAY_IMPORT["adapting"] = (*MAY_IMPORT["loading"], "loading", "adapters")
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate", "recipes")
 MAY_IMPORT["combining"] = (*MAY_IMPORT["loading"], "loading", "merge", "interpolate")
+MAY_IMPORT["evaluating"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "evaluate")
 MAY_IMPORT["composing"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "compose")
 for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"):
     above = (
@@ -79,6 +80,7 @@ for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"
         "merging",
         "combining",
         "composing",
+        "evaluating",
         "deciding",
         "api",
         "commands",
