@@ -281,3 +281,32 @@ def test_refusals_name_the_line_and_the_key(case, tmp_path):
         read_recipe({"merge_method": "ada_mergin", "models": [{"model": "a"}]})
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".jaxtune*"))
+
+
+def test_leaves_of_one_stored_tensor_have_one_weight(tmp_path):
+    """Queries, keys and values are one tensor of timm; the filters of a recipe know stored names alone."""
+    from vision_oracles import import_oracle
+
+    timm, torch = import_oracle("timm"), pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model("vit_base_patch16_224", **tiny)
+    timm.models.save_for_hf(model, tmp_path / "base", safe_serialization=True)
+    base = jt.load(tmp_path / "base")
+    recipe = {"merge_method": "ada_merging", "base_model": str(tmp_path / "base"), "models": []}
+    for n, name in enumerate("ab"):
+        jt.save(tmp_path / name, tune(base.params, n, scale=0.1), like=base)
+        recipe["models"].append({"model": str(tmp_path / name)})
+        image = np.random.RandomState(n).uniform(size=(20, 8, 8, 3)).astype(np.float32)
+        np.savez(tmp_path / f"{name}.npz", train_x=image)
+    recipe["parameters"] = {"num_steps": 2, "objective": "expert", "learning_rate": 0.05}
+    recipe["data"] = {"sources": {str(tmp_path / name): str(tmp_path / f"{name}.npz") for name in "ab"}}
+    report = merge_recipe(recipe, tmp_path / "out")
+    coefficients = report["data"]["coefficients"]
+    stored, a, b, out = (flatten(checkpoint.load(tmp_path / name).params) for name in ("base", "a", "b", "out"))
+    assert coefficients.keys() == stored.keys() >= {"blocks.0.attn.qkv.weight"}
+    for name, leaf in stored.items():
+        c = np.float64(coefficients[name])
+        expected = leaf + c[0] * (np.float64(a[name]) - leaf) + c[1] * (np.float64(b[name]) - leaf)
+        np.testing.assert_allclose(out[name], expected, atol=1e-6, err_msg=name)
+    assert len({tuple(c) for c in coefficients.values()}) > len(stored) // 2

@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxtune.deciding.task_models import GROUP, TaskModels, change, rank, score_candidates, score_experts
+from jaxtune.deciding.task_models import GROUP, TaskModels, rank, score_candidates, score_experts
+from jaxtune.deciding.variants import change
 from jaxtune.recipes.schema import Recipe
 from jaxtune.sample import Sample
 

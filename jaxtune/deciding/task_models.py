@@ -1,6 +1,5 @@
 """The models of a recipe with examples of their tasks: opened, understood, and merged in memory to be tried."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from jaxtune.evaluate.many import score_many
 from jaxtune.loading import check_same_architecture, load
 from jaxtune.models import decoder
 from jaxtune.recipes.examples import Examples
-from jaxtune.recipes.nodes import nodes_of
-from jaxtune.recipes.parsing import parse_recipe
 from jaxtune.recipes.references import ModelReference, find_folder
 from jaxtune.recipes.resolve import resolve
 from jaxtune.recipes.schema import Recipe
@@ -141,13 +138,6 @@ def _sample(config, examples: Examples, recipe: Recipe) -> Sample:
         return make_sample(config, name, num_examples=data.samples, seed=data.seed, **how)
     except (ConfigError, DataError, UnknownNameError) as error:
         raise examples.node.error(str(error)) from error
-
-
-def change(recipe: Recipe, **keys: Any) -> Recipe:
-    """The recipe without its examples and with other values of some keys; None takes a key out."""
-    plain = {key: value for key, value in {**recipe.plain, "data": None, **keys}.items() if value is not None}
-    made = parse_recipe(nodes_of(plain, name=recipe.node.place.split(",")[0]), recipe.folder)
-    return dataclasses.replace(made, seed=recipe.seed)
 
 
 def with_teachers(models: TaskModels, samples: Sequence[Sample]) -> list[Sample]:

@@ -1,0 +1,94 @@
+"""Merge methods whose options, or what they need beside weights, come from examples."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxtune import checkpoint
+from jaxtune.deciding.search import search_options
+from jaxtune.deciding.task_models import TaskModels, with_teachers
+from jaxtune.deciding.variants import as_it_is, change, entries, mean
+from jaxtune.evaluate.fisher import estimate_fisher, save_fisher
+from jaxtune.evaluate.grams import save_grams
+from jaxtune.merge.arrays import merge_trees
+from jaxtune.merge.registry import METHODS
+from jaxtune.moments import gather_grams
+from jaxtune.recipes.options import option_kinds
+from jaxtune.recipes.parameters import evaluate
+from jaxtune.recipes.schema import Recipe
+
+ESTIMATES = {"fishers": "fisher", "grams": "gram"}
+
+
+def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[str, Any]]:
+    """(recipe, data-free default, facts) of a merge method: what it needs is estimated, its options are searched."""
+    recipe, data = models.recipe, models.recipe.data
+    method = METHODS[recipe.merge_method]
+    with_data, notes = list(recipe.plain["models"]), []
+    needed = next((kind for word, kind in ESTIMATES.items() if word in method.data), None)
+    learned_on, held, chosen_by = models.samples, models.samples, "those that chose"
+    default = change(recipe)
+    if needed is not None:
+        if models.is_together:
+            raise data.node.get("sources").error(
+                f"{recipe.merge_method} takes a source for each model: {{MODEL: PATH}}."
+            )
+        if any(entry.data is not None for entry in recipe.models):
+            raise data.node.error("a model names a file of 'data' of its own: keep that, or the examples.", at_key=True)
+        pairs = [sample.split(data.validation, seed=data.seed) if data.validation else (sample, sample)
+                 for sample in models.samples]  # fmt: skip
+        learned_on, held = ([pair[n] for pair in pairs] for n in range(2))
+        chosen_by = "kept apart" if data.validation and not data.search else "those that chose"
+        with_data = [
+            {**entry, "data": str(_estimate(needed, model, sample, work / f"data-{n}"))}
+            for n, (entry, model, sample) in enumerate(zip(entries(recipe), models.finetuned, learned_on, strict=True))
+        ]
+        default = mean(recipe)
+        notes.append(f"data: {method.data} estimated on {', '.join(str(len(one)) for one in learned_on)} examples")
+    search = dict(data.search)
+    if not search and needed is None:
+        if "lambda" not in method.options:
+            raise data.node.error(
+                f"nothing to decide: {recipe.merge_method} learns nothing from examples. Write search: "
+                f"{{OPTION: [...]}} with one of its options: {', '.join(method.options)}.",
+                at_key=True,
+            )
+        search = {"lambda": tuple(round(0.1 * n, 1) for n in range(1, 16))}
+    facts: dict[str, Any] = {"held": held, "chosen_by": chosen_by, "notes": notes}
+    if needed == "gram" and models.like.layout.codec is None:
+        return _merge_ours(models, with_data, work), default, facts
+    # A base would be one more model for these methods, and would need Fishers or Grams of its own.
+    made = change(recipe, models=with_data, **({} if needed is None else {"base_model": None}))
+    if search:
+        made, facts["options"], facts["search"] = search_options(models, made, search, with_teachers(models, held))
+    return made, default, facts
+
+
+def _merge_ours(models: TaskModels, with_data, work: Path) -> Recipe:
+    """A merge by Grams of checkpoints in our own names, whose matrices have their inputs first: in memory.
+
+    Files of other libraries have them last, and so streams take them.
+    """
+    recipe, method = models.recipe, METHODS[models.recipe.merge_method]
+    if recipe.data.search or recipe.post:
+        key = "data" if recipe.data.search else "post"
+        raise recipe.error_at(key, f"{recipe.merge_method} of models in our own names takes no search and no post.")
+    options: dict[str, Any] = {}
+    for name in method.options:
+        given = [entry.parameters.get(name, recipe.parameters.get(name)) for entry in recipe.models]
+        kind = option_kinds(method)[name]
+        if name in method.per_model:
+            values = [None if one is None else evaluate(one.conditions[0], 0.0, kind) for one in given]
+            options[name] = [method.options[name] if one is None else one for one in values]
+        elif name in recipe.parameters:
+            options[name] = evaluate(recipe.parameters[name].conditions[0], 0.0, kind)
+    extras = [checkpoint.load(entry["data"], config={}).params for entry in with_data]
+    merged = merge_trees(method, [one.params for one in models.finetuned], extras=extras, seed=recipe.seed, **options)
+    return as_it_is(recipe, merged, models.like, work)
+
+
+def _estimate(kind, model, sample, place):
+    if kind == "fisher":
+        save_fisher(place, estimate_fisher(model.params, sample), model, overwrite=True)
+    else:
+        save_grams(place, gather_grams(model.params, sample), model, overwrite=True)
+    return place

@@ -1,0 +1,99 @@
+"""Methods that are learned from examples, as recipes: weights of stored tensors, or a model that is taken as it is."""
+
+import contextlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtune.compose.registry import METHODS, compose
+from jaxtune.deciding.task_models import TaskModels
+from jaxtune.deciding.variants import as_it_is, bare_entries, change, mean, task_arithmetic
+from jaxtune.errors import UnknownNameError
+from jaxtune.recipes.nodes import did_you_mean
+from jaxtune.recipes.parameters import evaluate
+from jaxtune.recipes.schema import Recipe
+from jaxtune.train.checkpoints import StateSeries
+
+SOUPS = ("best_k_soup", "greedy_soup", "learned_soup")  # of models of one task; they need no base
+
+
+def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[str, Any]]:
+    """(recipe, data-free default, facts) of a method that is learned."""
+    recipe, data = models.recipe, models.recipe.data
+    is_soup = recipe.merge_method in SOUPS
+    if models.base is None and not is_soup:
+        raise recipe.error_at("merge_method", f"{recipe.merge_method} needs base_model, that the others started from.")
+    method = METHODS[recipe.merge_method]
+    if method.samples == "together" and not models.is_together:
+        raise data.node.get("sources").error(f"{recipe.merge_method} takes one source for all models: sources: PATH.")
+    if method.samples == "a model" and models.is_together:
+        raise data.node.get("sources").error(f"{recipe.merge_method} takes a source for each model: {{MODEL: PATH}}.")
+    options = _options(recipe, method)
+    if "validation" in method.options:
+        options.setdefault("validation", data.validation)
+    groups = models.groups()
+    if "groups" in method.options and options.get("partition", 1) == 1:
+        options["groups"] = groups
+    trees = [model.params for model in models.finetuned]
+    with contextlib.ExitStack() as stack:
+        if "series" in inspect.signature(method.run).parameters:
+            options["series"] = stack.enter_context(StateSeries(work / "states"))
+        try:
+            found = compose(recipe.merge_method, models.like.params, trees, models.samples, seed=data.seed, **options)
+        except UnknownNameError as error:
+            raise recipe.error_at("parameters", str(error)) from error
+    options.pop("series", None)
+    share = options.get("validation", 0.0)
+    held = [sample.split(share, seed=data.seed)[1] if share else sample for sample in models.samples]
+    facts = {"held": held, "options": {k: v for k, v in options.items() if k != "groups"}}
+    facts["chosen_by"] = "kept apart" if share else "those that chose"
+    learned = found.coefficients
+    if "groups" in options and isinstance(learned, Mapping) and learned.keys() <= {"", *groups.values()}:
+        made = _with_weights(models, learned)
+        facts["coefficients"] = {name: np.asarray(c).tolist() for name, c in learned.items()}
+    else:
+        if recipe.post:
+            raise recipe.error_at("post", f"what {recipe.merge_method} learned is a model, and no step may follow it.")
+        made = as_it_is(recipe, found.params, models.like, work)
+        if isinstance(learned, Mapping) and all(np.ndim(one) == 0 for one in learned.values()):
+            facts["coefficients"] = dict(learned)
+    facts["history"] = {name: found.info[name] for name in ("step", "kept", "score") if name in found.info}
+    return made, mean(recipe) if is_soup else task_arithmetic(recipe), facts
+
+
+def _with_weights(models: TaskModels, learned: Mapping[str, Any]) -> Recipe:
+    """Task arithmetic with a weight for each stored tensor of each model."""
+    entries = bare_entries(models.recipe)
+    named = models.stored_names()
+    for n, entry in enumerate(entries):
+        if set(learned) == {""}:
+            entry["parameters"] = {"weight": float(learned[""][n])}
+            continue
+        weights = {name: float(learned[group][n]) for group, names in named.items() for name in names}
+        # A filter is part of a name, and the first that fits decides: longer names come first.
+        order = sorted(weights, key=lambda name: (-len(name), name))
+        rows = [{"filter": name, "value": weights[name]} for name in order]
+        entry["parameters"] = {"weight": [*rows, {"value": float(np.mean(list(weights.values())))}]}
+    return change(models.recipe, merge_method="task_arithmetic", models=entries, parameters=None, preset=None)
+
+
+def _options(recipe, method) -> dict[str, Any]:
+    """Options of a learned method, from the recipe's parameters."""
+    for entry in recipe.models:
+        for setting in entry.parameters.values():
+            raise setting.node.error(f"{recipe.merge_method} learns what each model has: take this out.", at_key=True)
+    options = {}
+    for name, setting in recipe.parameters.items():
+        known = {option: default for option, default in method.options.items() if option not in ("seed", "groups")}
+        if name not in known:
+            words = f"unknown parameter {name!r} of {recipe.merge_method}.{did_you_mean(name, known)}"
+            raise setting.node.error(words, at_key=True)
+        kind = {bool: "bool", int: "int", float: "float", str: "str"}.get(type(known[name]))
+        if kind is None:
+            options[name] = setting.node.plain
+            continue
+        options[name] = evaluate(setting.conditions[0], 0.0, kind)
+    return options
