@@ -223,6 +223,8 @@ def test_a_weight_for_some_models_alone_is_an_oversight(llamas):
     for model in recipe["models"]:
         model["parameters"] = {"weight": 0.5}
     assert f"some models have a weight, and {llamas[0]} has none" in refuse(recipe)
+    text = f"merge_method: linear\nmodels:\n- {{model: {llamas[1]}, parameters: {{weight: 1}}}}\n- model: {llamas[2]}\n"
+    assert "line 4, column 3: models[1]: linear: some models have a weight" in refuse(text)
 
 
 def test_a_value_out_of_range_is_named_where_it_stands(llamas):

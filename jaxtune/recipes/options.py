@@ -135,11 +135,13 @@ class PartOptions:
         """A weight for some models and none for others is an oversight: a default beside them would tip the scales."""
         said = {at: bool(_levels("weight", (part.sources[at].parameters, *part.levels))) for at in self.sources}
         if "weight" in self._own and any(said.values()) and not all(said.values()):
-            silent = ", ".join(self._labels[at] for at, is_said in said.items() if not is_said)
+            lacking = [at for at, is_said in said.items() if not is_said]
+            silent = ", ".join(self._labels[at] for at in lacking)
             self._complain(
                 f"{self._name}: some models have a weight, and {silent} has none. Write one for it"
                 + ("." if part.base in self.sources else ", 0 to leave it out.")
-                + (f" {self._name} takes base_model for one more model." if self._name in BASE_IS_A_MODEL else "")
+                + (f" {self._name} takes base_model for one more model." if self._name in BASE_IS_A_MODEL else ""),
+                part.sources[lacking[0]].node,
             )
 
     def _find_place(self, words):
