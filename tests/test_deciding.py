@@ -13,6 +13,7 @@ from jaxtune.cli import main
 from jaxtune.compose.registry import METHODS as LEARNED_METHODS
 from jaxtune.compose.registry import compose
 from jaxtune.errors import ConfigError
+from jaxtune.merge.registry import METHODS as MERGE_METHODS
 from jaxtune.merging import merge_recipe, plan_recipe
 from jaxtune.models import mlp, registry
 from jaxtune.recipes.examples import LEARNED
@@ -69,11 +70,8 @@ def accuracy(params, sample):
 
 def test_names_of_learned_methods_are_those_of_the_registry():
     """Recipes know them without loading what learns."""
-    one_model = {name for name in LEARNED_METHODS if name != "sy_merge"}
-    assert set(LEARNED) <= one_model
-    from jaxtune.merge.registry import METHODS
-
-    assert not set(LEARNED) & set(METHODS)
+    several_models, no_choice = {"sy_merge"}, {"uniform_soup"}
+    assert set(LEARNED) == set(LEARNED_METHODS) - several_models - no_choice - set(MERGE_METHODS)
 
 
 @pytest.mark.parametrize("how", [{"level": "task"}, {"objective": "expert", "learning_rate": 0.02}], ids=str)
@@ -185,9 +183,8 @@ def test_what_a_method_needs_beside_weights_is_estimated(case, tmp_path, method)
 
             extras.append(unflatten({path: gram.astype(np.float32) for path, gram in found.items()}))
     from jaxtune.merge.arrays import merge_trees
-    from jaxtune.merge.registry import METHODS
 
-    expected = merge_trees(METHODS[method], [model.params for model in models], extras=extras)
+    expected = merge_trees(MERGE_METHODS[method], [model.params for model in models], extras=extras)
     for path, leaf in flatten(expected).items():
         np.testing.assert_allclose(
             flatten(jt.load(tmp_path / "out").params)[path], leaf, rtol=2e-5, atol=1e-6, err_msg=path
@@ -221,6 +218,20 @@ def test_one_source_is_for_a_new_task(case, tmp_path):
     )
     for path, leaf in flatten(found.params).items():
         np.testing.assert_allclose(flatten(jt.load(tmp_path / "out").params)[path], leaf, rtol=1e-5, atol=1e-6)
+
+
+def test_soups_of_models_of_one_task_need_no_base(case, tmp_path):
+    folder, trees = case
+    recipe = write_recipe(case, "greedy_soup", sources=str(folder / "a.npz"), base=None)
+    report = merge_recipe(recipe, tmp_path / "out")
+    sample = make_sample(CONFIG, folder / "a.npz", num_examples=40, seed=3)
+    found = compose("greedy_soup", trees["a"], [trees["a"], trees["b"]], sample)
+    jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, found.params)
+    assert report["data"]["validation"]["which"] == "those that chose"
+    default = report["data"]["validation"]["default"]
+    assert default["recipe"]["merge_method"] == "linear"
+    mean = jax.tree.map(lambda x, y: (x + y) / np.float32(2), trees["a"], trees["b"])
+    assert default["scores"][0]["accuracy"] == pytest.approx(accuracy(mean, sample))
 
 
 def test_a_plan_asks_no_examples(case, capsys):

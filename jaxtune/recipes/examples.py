@@ -17,6 +17,9 @@ LEARNED = (
     "atlas_few_shot",
     "atlas_negation",
     "atlas_test_time",
+    "best_k_soup",
+    "greedy_soup",
+    "learned_soup",
     "lines",
     "sca_learn",
 )
