@@ -10,6 +10,7 @@ from jaxtune.compose.ada_rank import ada_rank
 from jaxtune.compose.atlas import atlas, atlas_few_shot, atlas_negation, atlas_test_time
 from jaxtune.compose.composition import Composition
 from jaxtune.compose.depth_scales import lines
+from jaxtune.compose.fisher import fisher_search
 from jaxtune.compose.learned_soup import learned_soup
 from jaxtune.compose.sca_learn import sca_learn
 from jaxtune.compose.soups import best_k_soup, greedy_soup, uniform_soup
@@ -134,6 +135,12 @@ METHODS: dict[str, Method] = {
         "labelled examples",
         "arXiv:2203.05482",
         samples="together",
+    ),
+    "fisher": Method(
+        fisher_search,
+        "average weighted by Fisher information, its coefficients the best of a grid or of draws",
+        "labelled examples",
+        "arXiv:2111.09832",
     ),
 }
 
