@@ -7,9 +7,11 @@ import pytest
 
 from jaxtune.compose.grafting import SHIFT, apply_masks, graft, mask_loss
 from jaxtune.compose.masks import count_true, largest, overlaps
+from jaxtune.compose.registry import compose
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.merge.arrays import merge_trees
 from jaxtune.merge.registry import METHODS
+from jaxtune.train.checkpoints import StateSeries
 from jaxtune.tree import flatten
 
 BASE, TRUTH = task.draw_params(seed=1, scale=0.1), task.draw_params(seed=100)
@@ -117,6 +119,16 @@ def test_grafts_of_tasks_add_up():
     np.testing.assert_allclose(both.params["head"]["kernel"], expected, rtol=1e-6)
     assert np.array(both.info["overlap"]).shape == (2, 2)
     jax.tree.map(np.testing.assert_array_equal, apply_masks(BASE, [BASE], [both.coefficients[0]]), BASE)
+
+
+def test_by_its_name_and_from_kept_states(tmp_path):
+    options = {"share": 0.3, "num_passes": 3, "seed": 2}
+    whole = graft(BASE, [TRUTH], [SAMPLE], **options)
+    for _ in range(2):  # the second time the search is found finished
+        with StateSeries(tmp_path / "states") as series:
+            found = compose("learned_graft", BASE, [TRUTH], SAMPLE, states=[series], **options)
+        jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
+        assert found.info == whole.info
 
 
 def test_refusals():

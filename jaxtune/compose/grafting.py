@@ -39,7 +39,7 @@ def graft(
     exclude: str | None = None,
     whole: str | None = None,
     seed: int = 0,
-    series: Sequence[StateSeries] | None = None,
+    states: Sequence[StateSeries] | None = None,
 ) -> Composition:
     """`θ_0 + w Σ_t γ_t ⊙ τ_t`, each mask γ_t learned alone on examples of its task; nothing else is trained.
 
@@ -60,7 +60,7 @@ def graft(
         exclude: Leaves (a regular expression of whole paths) that keep the base.
         whole: Leaves that take the fine-tune whole, for instance a new head.
         seed: Of the split, of S and of the order.
-        series: Where states are kept, one for each model.
+        states: Where states of the search are kept, a series for each model.
 
     Returns:
         The model. `coefficients`: one {path: bool} a task. `info["tasks"]`: for each the share kept at the start and at
@@ -86,10 +86,10 @@ def graft(
         )
     masks, tasks = [], []
     for n, (model, sample) in enumerate(zip(finetuned, samples, strict=True)):
-        states = None if series is None else series[n]
+        series = None if states is None else states[n]
         mask, info = _learn(
             base, model, sample, share, num_passes, learning_rate, batch_size, penalty, validation, exclude, whole,
-            seed, states,
+            seed, series,
         )  # fmt: skip
         masks.append(mask)
         tasks.append(info)

@@ -20,7 +20,7 @@ from jaxtune.types import Params
 
 SPACES = ("weights", "features")
 POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
-PULL = {"weights": 0.01, "features": 10.0}
+PULL = {"weights": 1.0, "features": 10.0}
 
 
 def mergetune(
@@ -51,7 +51,7 @@ def mergetune(
         samples: One, labelled.
         space: "weights": D is `½ |w - w1|²` and the line is between weights. "features": D is one minus the mean cosine
             of the features of w and w1 on the batch, and the line is between the features of w2 and of w.
-        pull: μ; None: 0.01 for weights, 10 for features.
+        pull: μ; None: 1 for weights, 10 for features.
         line: λ.
         points: t, each in (0, 1); at 1 the line would repeat CE(w).
         fisher: Diagonal metric of D, not negative, a tree as the base: `½ Σ F (w - w1)²`. Of "weights" alone.

@@ -11,7 +11,9 @@ from jaxtune.compose.atlas import atlas, atlas_few_shot, atlas_negation, atlas_t
 from jaxtune.compose.composition import Composition
 from jaxtune.compose.depth_scales import lines
 from jaxtune.compose.fisher import fisher_search
+from jaxtune.compose.grafting import graft
 from jaxtune.compose.learned_soup import learned_soup
+from jaxtune.compose.mergetune import mergetune
 from jaxtune.compose.sca_learn import sca_learn
 from jaxtune.compose.soups import best_k_soup, greedy_soup, uniform_soup
 from jaxtune.compose.sy_merge import sy_merge
@@ -19,7 +21,7 @@ from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.types import Params
 
-HIDDEN = ("series",)  # where a run keeps its states: of the call, not of the method
+HIDDEN = ("series", "states")  # where a run keeps its states: of the call, not of the method
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,18 @@ METHODS: dict[str, Method] = {
         "average weighted by Fisher information, its coefficients the best of a grid or of draws",
         "labelled examples",
         "arXiv:2111.09832",
+    ),
+    "learned_graft": Method(
+        graft,
+        "the few entries of each task vector that carry its skill, found by gradients",
+        "labelled examples",
+        "arXiv:2302.06600",
+    ),
+    "mergetune": Method(
+        mergetune,
+        "a fine-tune trained on, so that the lines to what it was and to the base stay low",
+        "labelled examples",
+        "MERGETUNE 2026",
     ),
 }
 

@@ -19,8 +19,10 @@ LEARNED = (
     "atlas_test_time",
     "best_k_soup",
     "greedy_soup",
+    "learned_graft",
     "learned_soup",
     "lines",
+    "mergetune",
     "sca_learn",
 )
 MAX_CANDIDATES = 4096
