@@ -22,6 +22,9 @@ class Table:
     """What one side of one matrix says about the groups that own its axes.
 
     Attributes:
+        path: Of the matrix, in the folded tree.
+        places: Axes of the leaf that this side runs over: those that it sums over, or the others.
+        is_input: Which of the two.
         cross: Moments without means; the source's units lie along the axes of the leaf, the target's along the last.
         deviations: Root mean squares of every unit, of the source and of the target.
         axes: Owners, as a leaf of the spec has them, for all axes of `cross` but the last.
@@ -30,6 +33,9 @@ class Table:
         cross: float64[*axes, n]; deviations: (float64[n], float64[n]).
     """
 
+    path: str
+    places: tuple[int, ...]
+    is_input: bool
     cross: np.ndarray
     deviations: tuple[np.ndarray, np.ndarray]
     axes: tuple[Axis | None, ...]
@@ -79,11 +85,12 @@ def lay_out_moments(
             owners = tuple(_flip(row[axis]) if is_input else row[axis] for axis in axes)
             lengths = [shape[axis] for axis in axes]
             if any(owners) and np.prod(lengths) == len(pair.cross):
-                tables.append(_make(pair, maps, owners, lengths))
+                tables.append(Table(folded, tuple(axes), is_input, *_measure(pair, maps, lengths), owners))
     return tables
 
 
-def _make(pair: Pair, maps, owners, lengths) -> Table:
+def _measure(pair: Pair, maps, lengths):
+    """(cross, deviations) of folded activations."""
     pair = pair.centred()
     cross, first, second = pair.cross, pair.first, pair.second
     if maps[0] is not None:
@@ -93,7 +100,7 @@ def _make(pair: Pair, maps, owners, lengths) -> Table:
             _map(maps[1], second, maps[1]),
         )
     deviations = tuple(np.sqrt(np.maximum(np.diagonal(gram), 0.0)) for gram in (first, second))
-    return Table(cross.reshape(*lengths, -1), deviations, owners)
+    return cross.reshape(*lengths, -1), deviations
 
 
 def _map(left, table, right):

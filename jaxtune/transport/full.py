@@ -1,7 +1,7 @@
 """The whole symmetry group: rotations of the stream, invertible maps inside heads, orders of heads and units."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,7 @@ def carry_by_element(
     *,
     trust: float,
     info: Mapping[str, Any],
+    turn: Callable[[Params], Params] = lambda change: change,
 ) -> Prepared:
     """Moves what fine-tuning did to folded weights by an element of theirs, and writes it into the target's form.
 
@@ -106,12 +107,13 @@ def carry_by_element(
         folded: "source" and "target", folded.
         finetuned, target, trust: As `prepare_full`.
         info: What is known of the element; "lost" and "trust" are added.
+        turn: What happens to the moved change of the folded weights before it is written.
     """
     folded_spec = canonical.canonical_spec(spec)
 
     def move(finetuned):
         change = task_vector(folded["source"], canonical.fold(spec, finetuned))
-        change = elements.apply(folded_spec, element, change)
+        change = turn(elements.apply(folded_spec, element, change))
         change, factors = weigh_by_trust(folded_spec, element, change, folded["target"], folded["source"], trust=trust)
         moved = canonical.unfold(spec, change, target)
         narrow = map_leaves(

@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
     ),
     "tied": Method(
         prepare_tied,
-        "the element of full, corrected by activations; no examples give full, many Theseus with its sides tied",
+        "the element of full, turned by what activations say is left; no examples give full, many Theseus",
         "unlabelled inputs",
         "this project; arXiv:2602.12952",
     ),

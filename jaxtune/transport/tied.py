@@ -9,7 +9,7 @@ import numpy as np
 from jaxtune.align.assignment import solve_assignment
 from jaxtune.align.bases import centred_polar_factor, polar_factor
 from jaxtune.align.weights import match_weights
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.moments import gather_pairs
 from jaxtune.sample import Sample
 from jaxtune.symmetry import canonical
@@ -19,10 +19,12 @@ from jaxtune.symmetry.spec import Spec
 from jaxtune.transport.folded_moments import Table, lay_out_moments
 from jaxtune.transport.full import carry_by_element
 from jaxtune.transport.prepared import Prepared, Symmetry
+from jaxtune.transport.site_maps import fit_site_maps, turn
 from jaxtune.transport.trust import check_trust
 from jaxtune.tree import check_finite, check_same
 from jaxtune.types import Params
 
+TIES = ("network", "block", "site")
 ORDERS = {"permutation", "signed_permutation"}
 POLAR = {"orthogonal": polar_factor, "centred_orthogonal": centred_polar_factor, "general_linear": polar_factor}
 
@@ -35,6 +37,7 @@ def prepare_tied(
     target: Params,
     *,
     sample: Sample,
+    tie: str = "block",
     prior: float = 32.0,
     head_cost: str = "circuit",
     max_sweeps: int = 100,
@@ -42,20 +45,23 @@ def prepare_tied(
     trust: float = 0.0,
     chunk_size: int = 32,
 ) -> Prepared:
-    """One element for the whole network, from its weights and from activations, which count more the more there are.
+    """The element of `full`, and a correction from activations that counts more the more there are.
 
-    `full` finds an element from the weights. It is applied, and what is left between the two networks' activations
-    corrects it: `polar(n C + prior I)` for the stream (one rotation, from every matrix that reads or writes it) and for
-    each head (one map for queries and keys, one for values and what reads them), an assignment of `n C + prior I` for
-    hidden units. C is the correlation of the moved source's activations and the target's, n the number of examples: no
-    examples give `full`, and many the rotations of `theseus`, with all sides of one freedom tied. Heads keep the order
-    that the weights give them. Everything moves that `full` moves, tables and norms too.
+    `full` finds an element from the weights and applies it. What is then left between the two networks' activations on
+    the same inputs turns the moved change: `polar(n C + prior I)`, C the correlation of the moved source's activations
+    and the target's, n the number of examples. No examples give `full`, and many the rotations of `theseus`. Sides that
+    the network ties share their evidence, see `tie`. Everything moves that `full` moves, tables and norms too.
 
     Args:
         key: As `prepare_full`.
         symmetry: Spec of the bases; must declare a form (the transformers do).
         source, finetuned, target: Old base, its fine-tune, new base; one architecture.
         sample: Inputs, none at all among the possible numbers; labels are not looked at.
+        tie: What shares one rotation. "block": within one attention or one MLP all sides that read or write the stream,
+            both sides of the hidden units, queries and keys, values and what reads them. "site": nothing. "network":
+            the stream as a whole, each head by itself (one map for queries and keys, one for values and what reads
+            them), hidden units by an assignment: the result is one element of the symmetry, heads in the order that
+            the weights give.
         prior: How many examples the weights' own answer is worth.
         head_cost, max_sweeps, tolerance, trust: As `prepare_full`.
         chunk_size: Examples at a time.
@@ -72,6 +78,8 @@ def prepare_tied(
         This project; rotations from activations as in arXiv:2602.12952.
     """
     check_trust(trust)
+    if tie not in TIES:
+        raise unknown_name("tie", tie, TIES)
     if not (math.isfinite(prior) and prior > 0):
         raise ConfigError(f"prior={prior!r}: expected a finite number of examples above 0.")
     spec = symmetry()
@@ -82,20 +90,27 @@ def prepare_tied(
     folded = {name: canonical.fold(spec, params) for name, params in (("source", source), ("target", target))}
     options = {"head_cost": head_cost, "max_sweeps": max_sweeps, "tolerance": tolerance}
     result = match_weights(key, folded_spec, folded["target"], folded["source"], weighting="plain", **options)
-    element, agreement = result.element, {}
+    element, agreement, turning = result.element, {}, {}
     if len(sample):
         meetings = gather_pairs(source, target, sample, chunk_size=chunk_size)
         tables = lay_out_moments(spec.form, folded_spec, (source, target), meetings)
-        element, agreement = correct_element(folded_spec, element, tables, len(sample), prior)
+        if tie == "network":
+            element, agreement = correct_element(folded_spec, element, tables, len(sample), prior)
+        else:
+            moved = [move_table(folded_spec, element, table, table.cross) for table in tables]
+            counts = {"num_examples": len(sample), "prior": prior}
+            maps = fit_site_maps(folded_spec, tables, moved, tie=tie, **counts)
+            turning = {"turn": lambda change: turn(folded_spec, change, tables, *maps)}
     info = {
         "is_converged": result.is_converged,
         "num_sweeps": result.num_sweeps,
         "start": result.start,
         "objectives": list(result.objectives),
         "num_examples": len(sample),
+        "tie": tie,
         "agreement": agreement,
     }
-    return carry_by_element(spec, element, folded, finetuned, target, trust=trust, info=info)
+    return carry_by_element(spec, element, folded, finetuned, target, trust=trust, info=info, **turning)
 
 
 def correct_element(
@@ -113,7 +128,7 @@ def correct_element(
     Returns:
         (element, {role: {"before": correlation, "after": correlation}}).
     """
-    moved = [_move(spec, element, table) for table in tables]
+    moved = [_move(spec, element, table) for table in tables]  # once: every group looks at the same
     correction, sums = elements.identity(spec), {}
     for name, group in spec.groups.items():
         scores = [
@@ -144,9 +159,14 @@ def correct_element(
 
 def _move(spec, element, table):
     """The table with the source's units where the element puts them; of units with an order alone, correlations."""
-    own = replace(spec, axes={"table": (*table.axes, None)})
     kinds = {spec.groups[axis.group].kind for axis in table.axes if axis}
-    return elements.apply_to_leaf(own, element, "table", table.correlations if kinds <= ORDERS else table.cross)
+    return move_table(spec, element, table, table.correlations if kinds <= ORDERS else table.cross)
+
+
+def move_table(spec: Spec, element: Element, table: Table, values: np.ndarray) -> np.ndarray:
+    """Values laid out as a table's, the source's units where the element puts them."""
+    own = replace(spec, axes={"table": (*table.axes, None)})
+    return elements.apply_to_leaf(own, element, "table", values)
 
 
 def _scores(spec, name, table, cross):
