@@ -33,6 +33,7 @@ def graft(
     num_passes: int = 10,
     learning_rate: float = 1.0,
     batch_size: int = 32,
+    keeps_share: bool = True,
     penalty: float = 0.0,
     validation: float = 0.25,
     weight: float = 1.0,
@@ -53,6 +54,8 @@ def graft(
         num_passes: Over the examples.
         learning_rate: Of S, in units of the size that its first gradient has.
         batch_size: Examples of one step.
+        keeps_share: Whether a rounded mask has as many entries as it started with, those that the soft one says most
+            of; False takes all above one half, a mask that grows as long as the loss falls.
         penalty: Factor of the share that is kept, in the loss: above 0, masks become smaller.
         validation: Share of each sample that chooses: after each pass the mask is rounded and looked at on it, and the
             best one is kept, the start among them.
@@ -75,8 +78,8 @@ def graft(
     Reference:
         Panigrahi et al. 2023, arXiv:2302.06600. Differs: plain SGD steps through σ' ≈ 1e-4 there, with a rate of 1e7;
         here the step of S is the gradient of the mask itself, divided by the root mean square of the first one, so that
-        one rate serves all networks and no step explodes where σ' grows. Exactly `⌊share n⌋` entries at the start, of
-        equal ones the first; the release keeps one fewer.
+        one rate serves all networks and no step explodes where σ' grows. Such steps can take in many entries, hence
+        `keeps_share`. Exactly `⌊share n⌋` entries, of equal ones the first; the release keeps one fewer.
     """
     check_models(base, finetuned)
     check_samples(finetuned, samples, is_labelled=True)
@@ -88,8 +91,8 @@ def graft(
     for n, (model, sample) in enumerate(zip(finetuned, samples, strict=True)):
         series = None if states is None else states[n]
         mask, info = _learn(
-            base, model, sample, share, num_passes, learning_rate, batch_size, penalty, validation, exclude, whole,
-            seed, series,
+            base, model, sample, share, num_passes, learning_rate, batch_size, keeps_share, penalty, validation,
+            exclude, whole, seed, series,
         )  # fmt: skip
         masks.append(mask)
         tasks.append(info)
@@ -121,8 +124,9 @@ def apply_masks(
 
 
 def _learn(
-    base, model, sample, share, num_passes, learning_rate, batch_size, penalty, validation, exclude, whole, seed, series
-):
+    base, model, sample, share, num_passes, learning_rate, batch_size, keeps_share, penalty, validation,
+    exclude, whole, seed, series,
+):  # fmt: skip
     """({path: bool}, report) of one task."""
     learned_on, held = sample.split(validation, seed=seed)
     moving, still = split(base, sample)
@@ -134,7 +138,8 @@ def _learn(
     tuned = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(model).items() if path in moving}
     vectors = {path: tuned[path] - np.asarray(moving[path]) for path in scope}
     size = sum(leaf.size for leaf in vectors.values())
-    first = largest({path: np.abs(leaf) for path, leaf in vectors.items()}, math.floor(share * size + 1e-9))
+    count = math.floor(share * size + 1e-9)
+    first = largest({path: np.abs(leaf) for path, leaf in vectors.items()}, count)
     everything = {path: np.ones(tuned[path].shape, bool) for path in taken}
     fixed = {
         "still": {**still, **{path: moving[path] for path in left}, **{path: tuned[path] for path in taken}},
@@ -149,7 +154,10 @@ def _learn(
     fixed["unit"] = _unit(_gradient_of(sample.forward, start, fixed, learned_on))
 
     def round_mask(logits):
-        return {**{path: first[path] ^ (np.asarray(logits[path]) > SHIFT) for path in scope}, **everything}
+        flips = {path: np.asarray(logits[path], np.float64) - SHIFT for path in scope}
+        says = {path: np.where(first[path], -flip, flip) for path, flip in flips.items()}  # logit of the mask
+        mask = largest(says, count) if keeps_share else {path: logit > 0 for path, logit in says.items()}
+        return {**mask, **everything}
 
     def score(logits):
         found = measure(apply_masks(base, [model], [round_mask(logits)]), held)
