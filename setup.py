@@ -11,6 +11,7 @@ version = next(
     if line.startswith("__version__")
 )
 
+TEXT = ["tokenizers>=0.20"]  # reads the tokenizer.json beside a model, for texts that it is to learn on
 REPORT = ["matplotlib>=3.8", "tensorboardX>=2.6.2"]
 # What parity with other libraries is tested against; nothing of ours imports them. One version of torch, so that an
 # index of CPU builds can decide which build it is.
@@ -40,9 +41,11 @@ setup(
     ],
     extras_require={
         "report": REPORT,
+        "text": TEXT,
         "tfds": TFDS,
         "dev": [
             *REPORT,
+            *TEXT,
             *TFDS,
             *ORACLES,
             "pytest>=8",

@@ -30,7 +30,7 @@ from jaxtune.evaluate.equivalence import Equivalence
 from jaxtune.evaluate.exactness import verify_element
 from jaxtune.evaluate.example import apply_to_matrix, example_batch
 from jaxtune.evaluating import evaluate as evaluate
-from jaxtune.lazy import is_lazy
+from jaxtune.lazy import is_lazy, read
 from jaxtune.loading import Model, load, network_of, open_models, share_vocabulary
 from jaxtune.models import registry
 from jaxtune.rng import named_key
@@ -40,7 +40,7 @@ from jaxtune.transport.expectation import expect_recovery
 from jaxtune.transport.prepared import Prepared, Symmetry, apply_transport
 from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
 from jaxtune.transport.registry import prepare_transport
-from jaxtune.tree import check_finite, flatten, unflatten
+from jaxtune.tree import check_finite, flatten, map_leaves, unflatten
 
 EXAMPLES = 32  # inputs of the equivalence check
 FEW_EXAMPLES = 4  # of networks that are read part by part, whose outputs alone can take gigabytes
@@ -166,6 +166,8 @@ def transport(
     spec: Spec | None = None,
     method: str = "auto",
     sample: Sample | None = None,
+    polish: str = "none",
+    keep: Sample | None = None,
     scale: float = 1.0,
     seed: int = 0,
     verify: bool = True,
@@ -182,7 +184,9 @@ def transport(
         config: Architecture of bare trees: a model config or its dict.
         spec: A ready symmetry instead of a config.
         method: A key of `jaxtune.transport.registry.METHODS`.
-        sample: Examples for a method that looks at data, see `sampling.make_sample`.
+        sample: Examples for a method or a polish that looks at data, see `sampling.make_sample`.
+        polish: "distill" teaches the result, on the inputs of `sample`, to say what `finetuned` says (`polish`).
+        keep: Examples on which a polish is to leave the new base's predictions as they are.
         scale: Factor of the moved task vector.
         seed: Of every random choice.
         verify: Whether to gather evidence; False saves an alignment and two forward passes.
@@ -204,6 +208,9 @@ def transport(
     models, config = open_models(opened, config, roles_with_own_words=("source", "finetuned"))
     target = models["target"]
     models, words = share_vocabulary(opened, models, config)
+    if sample is not None:  # networks that run are whole
+        models = {name: map_leaves(lambda _, leaf: read(leaf), tree) for name, tree in models.items()}
+        target = map_leaves(lambda _, leaf: read(leaf), target)
     source, finetuned, anchor = models.values()
     if method not in TRANSPORT_METHODS:
         raise unknown_name("transport method", method, TRANSPORT_METHODS)
@@ -229,9 +236,17 @@ def transport(
             equivalence = _prove(key, config, spec, element, source, prepared.fold, prepared.realise)
         evidence = judge_match(named_key(key, "evidence"), spec, ours, theirs, element)
     params = apply_transport(prepared, target, scale)
+    if polish != "none":
+        from jaxtune.polish import polish_transport  # with it comes optax
+
+        own = symmetry_of() if needs_symmetry else None
+        params, prepared = polish_transport(
+            named_key(key, "polish"), prepared, params, finetuned, target, sample, polish=polish, keep=keep, spec=own
+        )
     check_finite("the result", params)
     expected = None
-    if evidence is not None and TRANSPORT_METHODS[method].data == "none":  # with data, weights are not all that counts
+    is_by_weights = polish == "none" and TRANSPORT_METHODS[method].data == "none"
+    if evidence is not None and is_by_weights:
         expected = expect_recovery(evidence.residual["identity" if prepared.element is None else "found"])
     return Transport(params, prepared, evidence, equivalence, expected)
 

@@ -75,6 +75,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     transport.add_argument("--target", metavar="PATH", required=True, help="new base")
     transport.add_argument("--method", default="auto", help="see `jaxtune methods` (default: %(default)s)")
+    transport.add_argument("--data", metavar="DATA", help="a few examples to go by: an .npz, .jsonl, digits or glyphs")
+    transport.add_argument("--samples", type=int, metavar="N", help="so many of its train split (default: 64)")
+    transport.add_argument(
+        "--data-option", action="append", default=[], metavar="NAME=VALUE", help="of the data, for instance task=mine"
+    )
+    transport.add_argument(
+        "--polish",
+        choices=("auto", "none", "distill"),
+        default="auto",
+        help="distill: teach the result to say what the fine-tune says; auto: so where method auto is given --data",
+    )
+    transport.add_argument("--keep", metavar="DATA", help="examples on which a polish leaves the new base as it is")
     transport.add_argument("--scale", type=float, default=1.0, help="factor of the task vector (default: %(default)s)")
     transport.add_argument(
         "--as", dest="form", choices=("full", "lora"), help="write full weights or a LoRA folder (default: as it came)"

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtune.data.parts import take_few, take_sample
 from jaxtune.data.source import DataSource, may_lack_labels, open_source
 from jaxtune.errors import ConfigError, DataError
-from jaxtune.models import registry
+from jaxtune.models import decoder, registry
 from jaxtune.models.readout import class_embeddings, read_out
 from jaxtune.sample import Sample, inputs_of
 from jaxtune.tree import flatten
@@ -225,6 +225,11 @@ def _forward_for(config, source, embeddings, where):
     if width is None:
         raise ConfigError(f"{where}: models of this family have no outputs that become classes; pass embeddings=.")
     return Forward(config, None if width == len(names) else Frozen(class_embeddings(names, width)))
+
+
+def predicts_tokens(config: Any) -> bool:
+    """Whether a network is a language model: every position says which token comes next."""
+    return isinstance(config, decoder.Config) and config.head == "tokens"
 
 
 def num_outputs(config: Any) -> int | None:

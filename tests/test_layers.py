@@ -63,6 +63,7 @@ MAY_IMPORT["deciding"] = (
 MAY_IMPORT["adapting"] = (*MAY_IMPORT["loading"], "loading", "adapters")
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate", "recipes")
 MAY_IMPORT["combining"] = (*MAY_IMPORT["loading"], "loading", "merge", "interpolate")
+MAY_IMPORT["polish"] = ALL_ABOVE  # a transport that is done, and what a few examples make of it
 MAY_IMPORT["evaluating"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "evaluate")
 MAY_IMPORT["composing"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "compose")
 for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"):
@@ -81,6 +82,7 @@ for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"
         "combining",
         "composing",
         "evaluating",
+        "polish",
         "deciding",
         "api",
         "commands",
@@ -108,6 +110,7 @@ OUTSIDE = {
     "ml_collections": {"demo"},
     "torch": set(),
     "transformers": set(),
+    "tokenizers": {"data"},
     "tensorflow": set(),
     "sklearn": set(),
 }

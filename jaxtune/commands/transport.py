@@ -12,6 +12,7 @@ from jaxtune.adapters import extract_adapter, is_adapter, read_adapter, write_ad
 from jaxtune.adapting import carry_adapter, key_table_of, open_adapted
 from jaxtune.align.memory import remember_searches
 from jaxtune.checkpoint.resume import digest_of, keep_work
+from jaxtune.commands.examples import describe_given, open_given
 from jaxtune.commands.measure import measure_on, open_data
 from jaxtune.commands.options import describe_inputs, load_models, parse_options, read_config, refuse_output
 from jaxtune.commands.transport_plan import check_symmetry, describe_plan
@@ -46,11 +47,17 @@ def run(arguments) -> None:
         print(describe_plan(models, arguments.method, config))
         return
     data = {name: open_data(getattr(arguments, name), config) for name in ("evaluate", "support")}
+    given = open_given(arguments, METHODS[arguments.method].data, config, models["target"])
     with work.stage("hash"):
         inputs = describe_inputs(models, adapter)
     method = {"name": arguments.method, "options": {**METHODS[arguments.method].options, **options}}
     asked = {"command": "transport", "method": method, "scale": arguments.scale, "seed": arguments.seed}
-    asked |= {"output": {"form": form, "rank": arguments.rank}}
+    asked |= {"output": {"form": form, "rank": arguments.rank}, "examples": describe_given(arguments, given)}
+    if given.polish != "none" and form == "lora" and arguments.rank is None:
+        raise ConfigError(
+            "a polish changes weights and not the adapter's factors. Ask for full weights (--as full), for a new "
+            "adapter of a given rank (--rank R), or for --polish none."
+        )
     with _kept_work(arguments, models, {**asked, "inputs": inputs}) as kept:
         with work.stage("transport"):
             result = jaxtune.transport(
@@ -59,6 +66,9 @@ def run(arguments) -> None:
                 scale=arguments.scale,
                 seed=arguments.seed,
                 verify=arguments.verify,
+                sample=given.sample,
+                polish=given.polish,
+                keep=given.keep,
                 **options,
             )
         with work.stage("measure"):
@@ -124,7 +134,8 @@ def _make_adapter(arguments, form, adapter, models, result):
         how = {"method": arguments.method, "scale": arguments.scale, "base": arguments.target}
         carried = carry_adapter(adapter, models["source"], target, result.prepared, **how)
         return carried, {"rank": carried.rank, "factors": "moved one by one"}
-    change = map_leaves(lambda _, leaf: leaf * np.float32(arguments.scale), result.prepared.task_vector)
+    scale = np.float32(1.0 if "polish" in result.prepared.info else arguments.scale)  # a polish is of the scaled one
+    change = map_leaves(lambda _, leaf: leaf * scale, result.prepared.task_vector)
     task_type = adapter.config.get("task_type") if adapter else _task_of(target.config)
     cut = extract_adapter(
         change, key_table_of(target), target.params, rank=arguments.rank, base=arguments.target, task_type=task_type

@@ -10,6 +10,7 @@ RUNTIME_BYTES = 500 * 2**20  # Python, JAX and its compiler before any weight is
 # Copies of the weights in float32 that a method and its evidence hold at the peak: those of benchmarks/plan.py and a
 # tenth to a third more.
 COPIES = {"identity": 8, "orthogonal_shift": 8, "permutation": 11, "transfusion": 11, "full": 16, "auto": 19}
+WITH_DATA = "Beside this stand the activations and gradients of the examples, which a plan does not count."
 # The same where leaves are read one at a time: copies of the largest leaf in float32 (folded and moved, or with noise,
 # there are more of it), float32 tables of the largest group, and float64 tables of a stream that is turned.
 LEAVES, FOLDED_LEAVES, TABLES, ROTATIONS = 6, 8, 6, 16
@@ -33,7 +34,7 @@ def describe_plan(models, method, config) -> str:
         peak = RUNTIME_BYTES + needed
     else:
         working = 4 * count_parameters(target.params)
-        peak = RUNTIME_BYTES + sum(stored.values()) + COPIES[method] * working
+        peak = RUNTIME_BYTES + sum(stored.values()) + COPIES.get(method, COPIES["auto"]) * working
         how = "whole networks in memory"
     rows = [
         {"what": "family", "value": names.get("model_type") or names.get("architecture", "")},
@@ -42,7 +43,8 @@ def describe_plan(models, method, config) -> str:
         {"what": "write", "value": count_bytes(stored["target"])},
         {"what": "peak memory, at most about", "value": f"{count_bytes(peak)} ({how})"},
     ]
-    return render_table({"what": "plan", "value": ""}, rows) + "\nThe three fit together. Nothing was written."
+    words = ["The three fit together. Nothing was written.", *([] if method in COPIES else [WITH_DATA])]
+    return "\n".join([render_table({"what": "plan", "value": ""}, rows), *words])
 
 
 def count_leaf_by_leaf(leaves, method, spec) -> tuple[int, str]:

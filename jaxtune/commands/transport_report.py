@@ -22,11 +22,13 @@ def _rows(report):
         {"what": "scale", "value": f"{report['scale']:g}"},
         {"what": "task vector, share of the new base's norm", "value": percent(vector["relative_to_target"], 2)},
     ]
-    if report["evidence"]:
+    rows += _example_rows(report)
+    if report["expected"]:
         low, high = report["expected"]
         rows.append(
             {"what": "expected share of the fine-tuning gain", "value": f"{round(100 * low)} to {round(100 * high)} %"}
         )
+    if report["evidence"]:
         rows += evidence_rows(report["evidence"], report["equivalence"])
     if report["evidence"] and report["equivalence"] is None and "num_sweeps" in report["info"]:
         rows.append({"what": "moved old base against old base", "value": "not checked: no network holds it"})
@@ -45,6 +47,24 @@ def _rows(report):
         {"what": "time (of it alignment and evidence)", "value": f"{seconds['total']} s ({seconds['transport']} s)"}
     )
     rows.append({"what": "peak memory", "value": count_bytes(cost["peak_memory_bytes"])})
+    return rows
+
+
+def _example_rows(report):
+    given = report["examples"]
+    if given is None:
+        return []
+    seen = "with their labels" if given["are_labelled"] and given["polish"] == "none" else "labels not read"
+    rows = [{"what": "examples", "value": f"{given['num_examples']} of {given['data']}, {seen}"}]
+    polish = report["info"].get("polish")
+    if polish is not None:
+        rows.append(
+            {"what": "polish", "value": f"{polish['name']}, {polish['step']} steps at {polish['learning_rate']:.1e}"}
+        )
+        if polish["num_held"]:
+            before, after = polish["scores"][0][0], polish["score"]
+            what = f"divergence from the fine-tune on {polish['num_held']} examples held out"
+            rows.append({"what": what, "value": f"{before:.3f} nats before the polish, {after:.3f} after"})
     return rows
 
 
@@ -73,7 +93,7 @@ def summarise(report, out) -> str:
         parts += [render_table(MEASURED_COLUMNS, _measured_rows(report)), ""]
     parts.append(render_table({"what": "transport", "value": ""}, _rows(report)))
     if report["evidence"]:
-        parts += ["", ADVICE[report["evidence"]["lineage"]["verdict"]], EXPECTED]
+        parts += ["", ADVICE[report["evidence"]["lineage"]["verdict"]], *([EXPECTED] if report["expected"] else [])]
     if not report["measured"]:
         parts.append("Nothing was measured on data; --evaluate DATA and --support DATA do.")
     if report["inputs"]["target"]["format"] == "torch":
@@ -90,7 +110,7 @@ def make_page(report) -> str:
     if report["measured"]:
         sections.append(Section("What it brought and what it cost", [], MEASURED_COLUMNS, _measured_rows(report)))
     if report["evidence"]:
-        sections[0] = dataclasses.replace(sections[0], words=[EXPECTED])
+        sections[0] = dataclasses.replace(sections[0], words=[EXPECTED] if report["expected"] else [])
         sections += evidence_section(report["evidence"], report["equivalence"])
     inputs = [{"role": role, "path": row["path"], "format": row["format"]} for role, row in report["inputs"].items()]
     sections.append(Section("Inputs", [], {"role": "role", "path": "path", "format": "format"}, inputs))

@@ -1,0 +1,65 @@
+"""What a few examples make of a transport that is done: distillation of the fine-tune into the moved network."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.sample import Sample
+from jaxtune.symmetry.spec import Spec
+from jaxtune.teach.distill import distill
+from jaxtune.transport.prepared import Prepared
+from jaxtune.tree import task_vector
+from jaxtune.types import Params
+
+POLISHES = ("none", "distill")
+
+
+def polish_transport(
+    key: jax.Array,
+    prepared: Prepared,
+    params: Params,
+    finetuned: Params,
+    target: Params,
+    sample: Sample | None,
+    *,
+    polish: str,
+    keep: Sample | None = None,
+    spec: Spec | None = None,
+    **options: Any,
+) -> tuple[Params, Prepared]:
+    """The moved network, taught on the sample's inputs to say what the old base's fine-tune says of them.
+
+    Args:
+        key: Of the order of the examples.
+        prepared: What moved the task vector.
+        params: The target with the moved task vector.
+        finetuned: The teacher; labels of the sample are not read.
+        target: The new base.
+        sample: Inputs of the task.
+        polish: One of `POLISHES`.
+        keep: Inputs on which the result is to stay as the new base is; with labels half of the penalty is on them.
+        spec: Symmetry of the target, for learn="rotation".
+        **options: Of `teach.distill.distill`.
+
+    Returns:
+        (network, prepared): the task vector is what both steps added to the target; `info["polish"]` says what was
+        chosen. It moves no further fine-tune: the polish is of this one.
+
+    Raises:
+        UnknownNameError: no such polish.
+        ConfigError: no sample, or as `distill`.
+        JaxtuneError: as `distill`.
+    """
+    if polish not in POLISHES:
+        raise unknown_name("polish", polish, POLISHES)
+    if polish == "none":
+        return params, prepared
+    if sample is None:
+        raise ConfigError(f"polish {polish!r} needs examples: pass sample= (on the command line --data).")
+    made = distill(sample.without_labels(), finetuned, params, key=key, base=target, support=keep, spec=spec, **options)
+    params = jax.tree.map(np.asarray, made.params)
+    info = {**prepared.info, "polish": {"name": polish, "options": options, **made.info}}
+    return params, replace(prepared, task_vector=task_vector(target, params), info=info, move=None)
