@@ -9,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.rungs.networks import Networks, Schedule
 from jaxtune import sampling
 from jaxtune.data import DataSource, Loader, open_source, take_few, take_sample
 from jaxtune.data.parts import read_labels
 from jaxtune.data.tokens import WORD
 from jaxtune.errors import ConfigError, DataError, UnknownNameError
 from jaxtune.models import decoder, encoder, registry, tokenizer
+from jaxtune.sample import example_losses
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "text" / "open"
 PETS = [
@@ -283,3 +285,18 @@ def test_every_shared_file_opens():
     plays = open_source(SHARED / "tiny_shakespeare.jsonl.gz", "validation", tokens="characters", windows=64)
     batch = all_of(plays)
     assert batch["mask"].sum() - len(plays) + 1 == 55756  # every character once, as its README counts them
+
+
+def test_short_trainings_of_the_experiments_take_texts(pets, tmp_path):
+    config = encoder.Config(
+        vocab_size=64, num_positions=32, width=16, depth=1, num_heads=2, mlp_width=16, head="sequence",
+        head_dense="tanh", num_outputs=8,
+    )  # fmt: skip
+    source = open_source(pets, "train", task="pets", vocab_size=64, num_hashed=8)
+    start = registry.init(jax.random.key(0), config)
+    tuned = Networks(config, tmp_path / "networks").train("pets", lambda: start, source, Schedule(20, 0.003, 3), seed=0)
+    sample = sampling.make_sample(config, source)
+    losses = [
+        float(example_losses(sample.forward(params, sample.batch), sample.batch).mean()) for params in (start, tuned)
+    ]
+    assert losses[1] < losses[0]
