@@ -12,6 +12,7 @@ from jaxtune import checkpoint
 from jaxtune.cli import main
 from jaxtune.compose.registry import METHODS as LEARNED_METHODS
 from jaxtune.compose.registry import compose
+from jaxtune.deciding.learned import FEW
 from jaxtune.errors import ConfigError
 from jaxtune.merge.registry import METHODS as MERGE_METHODS
 from jaxtune.merging import merge_recipe, plan_recipe
@@ -59,6 +60,11 @@ def write_recipe(case, method, parameters=None, sources=None, base="base", **dat
     return path
 
 
+def compose_few(method, *arguments, **options):
+    """With the settings that recipes have for few examples."""
+    return compose(method, *arguments, seed=3, **{**FEW.get(method, {}), **options})
+
+
 def samples_of(case, **how):
     folder, _ = case
     return [make_sample(CONFIG, folder / f"{name}.npz", num_examples=40, seed=3, **how) for name in "ab"]
@@ -78,9 +84,7 @@ def test_names_of_learned_methods_are_those_of_the_registry():
 def test_learned_coefficients_become_weights_of_stored_tensors(case, tmp_path, how):
     report = merge_recipe(write_recipe(case, "ada_merging", {"num_steps": 5, **how}), tmp_path / "out")
     _, trees = case
-    found = compose(
-        "ada_merging", trees["base"], [trees["a"], trees["b"]], samples_of(case), num_steps=5, seed=3, **how
-    )
+    found = compose_few("ada_merging", trees["base"], [trees["a"], trees["b"]], samples_of(case), num_steps=5, **how)
     ours = flatten(jt.load(tmp_path / "out").params)
     for path, leaf in flatten(found.params).items():
         np.testing.assert_allclose(ours[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
@@ -184,7 +188,12 @@ def test_what_a_method_needs_beside_weights_is_estimated(case, tmp_path, method)
             extras.append(unflatten({path: gram.astype(np.float32) for path, gram in found.items()}))
     from jaxtune.merge.arrays import merge_trees
 
-    expected = merge_trees(MERGE_METHODS[method], [model.params for model in models], extras=extras)
+    options = report["data"].get("options", {})
+    if method == "fisher":
+        assert len(report["data"]["search"]) == 51  # weights of two models on a grid, by what was kept apart
+        best = max(report["data"]["search"], key=lambda one: (one["score"], -one["loss"]))
+        assert options == best["options"]
+    expected = merge_trees(MERGE_METHODS[method], [model.params for model in models], extras=extras, **options)
     for path, leaf in flatten(expected).items():
         np.testing.assert_allclose(
             flatten(jt.load(tmp_path / "out").params)[path], leaf, rtol=2e-5, atol=1e-6, err_msg=path
@@ -198,7 +207,7 @@ def test_what_is_no_weighted_sum_becomes_a_model_in_the_layout_of_the_base(case,
     parameters = {"num_steps": 3, "objective": "expert"} if method == "ada_rank" else None
     report = merge_recipe(write_recipe(case, method, parameters), tmp_path / "out")
     _, trees = case
-    found = compose(method, trees["base"], [trees["a"], trees["b"]], samples_of(case), seed=3, **(parameters or {}))
+    found = compose_few(method, trees["base"], [trees["a"], trees["b"]], samples_of(case), **(parameters or {}))
     jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, found.params)
     assert [one["path"].rsplit("/", 1)[-1] for one in report["inputs"]] == ["base", "a", "b"]
     assert not list(tmp_path.glob(".jaxtune*"))
@@ -218,6 +227,19 @@ def test_one_source_is_for_a_new_task(case, tmp_path):
     )
     for path, leaf in flatten(found.params).items():
         np.testing.assert_allclose(flatten(jt.load(tmp_path / "out").params)[path], leaf, rtol=1e-5, atol=1e-6)
+
+
+def test_settings_for_few_examples_give_way_to_the_papers_own(case, tmp_path):
+    path = write_recipe(case, "ada_merging", {"num_steps": 2})
+    few = merge_recipe(path, tmp_path / "few")
+    assert few["data"]["options"] == {**FEW["ada_merging"], "num_steps": 2, "validation": 0.25}
+    plain = yaml.safe_load(path.read_text()) | {"preset": "paper"}
+    plain["data"]["sources"] = {str(case[0] / name): str(case[0] / f"{name}.npz") for name in "ab"}
+    paper = merge_recipe(plain, tmp_path / "paper")
+    assert paper["data"]["options"] == {"num_steps": 2, "validation": 0.25}
+    assert few["data"]["coefficients"] != paper["data"]["coefficients"]
+    with pytest.raises(ConfigError, match=r"preset: ada_merging has no preset 'peft'\. Known: paper"):
+        merge_recipe(plain | {"preset": "peft"}, tmp_path / "out")
 
 
 def test_soups_of_models_of_one_task_need_no_base(case, tmp_path):
@@ -294,6 +316,7 @@ def test_refusals_name_the_line_and_the_key(case, tmp_path):
     assert not list(tmp_path.glob(".jaxtune*"))
 
 
+@pytest.mark.slow
 def test_leaves_of_one_stored_tensor_have_one_weight(tmp_path):
     """Queries, keys and values are one tensor of timm; the filters of a recipe know stored names alone."""
     from vision_oracles import import_oracle
@@ -310,7 +333,7 @@ def test_leaves_of_one_stored_tensor_have_one_weight(tmp_path):
         recipe["models"].append({"model": str(tmp_path / name)})
         image = np.random.RandomState(n).uniform(size=(20, 8, 8, 3)).astype(np.float32)
         np.savez(tmp_path / f"{name}.npz", train_x=image)
-    recipe["parameters"] = {"num_steps": 2, "objective": "expert", "learning_rate": 0.05}
+    recipe["parameters"] = {"num_steps": 2, "learning_rate": 0.05, "is_best_kept": False}
     recipe["data"] = {"sources": {str(tmp_path / name): str(tmp_path / f"{name}.npz") for name in "ab"}}
     report = merge_recipe(recipe, tmp_path / "out")
     coefficients = report["data"]["coefficients"]

@@ -109,8 +109,8 @@ def learn(
         own: Leaves that every task has for itself, and learns too: path -> [T, ...].
         penalty: Hashable.
         score: (params, one model a task where `own` is given) -> the higher the better, None ends the search there;
-            asked for of the start and every `score_every` steps. The best numbers are kept, the first of equals, so
-            that the result is never behind the start.
+            asked for of the start, every `score_every` steps and at the end. The best numbers are kept, the first of
+            equals, so that the result is never behind the start.
         transform: (numbers, key) -> the numbers that a step goes by (dropout), hashable.
         seed: Of the order of the examples and of `transform`.
         series: Where states are kept; a run that finds one goes on from it, and gives the bits of one that was never
@@ -128,7 +128,8 @@ def learn(
     weights = [1.0] * len(samples) if task_weights is None else list(task_weights)
     fixed = jax.tree.map(jnp.asarray, fixed)
     numbers, own = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (start, dict(own or {})))
-    num_rounds = num_steps // score_every if score is not None and score_every else 0
+    score_every = min(score_every or num_steps, num_steps)
+    num_rounds = -(-num_steps // score_every) if score is not None else 0
     state = LearnState(
         numbers=numbers, own=own, opt_state=optimizer.init((numbers, own)), step=jnp.asarray(0, jnp.int32),
         losses=np.full((num_steps, len(samples)), np.nan, np.float32),
@@ -166,13 +167,13 @@ def learn(
                 f"step {step}: losses {losses[step].tolist()}. Lower the learning rate, {learning_rate} now."
             )
         step += 1
-        if num_rounds and step % score_every == 0:
+        if num_rounds and (step % score_every == 0 or step == num_steps):
             shared = _build(build, fixed, numbers)
             value = score(shared, models_of(shared, own))
             is_over = value is None
             if not is_over:
                 value = float(np.float32(value))  # as states keep it
-                scores[step // score_every] = value
+                scores[-(-step // score_every)] = value
                 if value > best_score:
                     best, best_own, best_score = numbers, own, value
         if series is not None and (step % SAVE_EVERY == 0 or step == num_steps or is_over):
@@ -185,7 +186,7 @@ def learn(
     chosen = done
     if score is not None:
         numbers, own = best, best_own
-        chosen = int(np.nanargmax(scores)) * (score_every or 0)
+        chosen = min(int(np.nanargmax(scores)) * score_every, num_steps)
     history = {"loss": losses[:done].tolist(), "score": [float(x) for x in scores if np.isfinite(x)]}
     return Learned(numbers, own, history, chosen)
 

@@ -1,22 +1,32 @@
 """Merge methods whose options, or what they need beside weights, come from examples."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtune import checkpoint
+from jaxtune.compose.fisher import draw_coefficients, fisher_candidates
+from jaxtune.compose.scoring import score_logits
+from jaxtune.compose.vectors import widen
 from jaxtune.deciding.search import search_options
-from jaxtune.deciding.task_models import TaskModels, with_teachers
+from jaxtune.deciding.task_models import TaskModels, rank, score_experts, with_teachers
 from jaxtune.deciding.variants import as_it_is, change, entries, mean
 from jaxtune.evaluate.fisher import estimate_fisher, save_fisher
 from jaxtune.evaluate.grams import save_grams
+from jaxtune.evaluate.logits import Logits
+from jaxtune.evaluate.many import score_many
 from jaxtune.merge.arrays import merge_trees
 from jaxtune.merge.registry import METHODS
 from jaxtune.moments import gather_grams
 from jaxtune.recipes.options import option_kinds
 from jaxtune.recipes.parameters import evaluate
 from jaxtune.recipes.schema import Recipe
+from jaxtune.sample import Sample
+from jaxtune.types import Params
 
 ESTIMATES = {"fishers": "fisher", "grams": "gram"}
+SAVE = {"fisher": save_fisher, "gram": save_grams}
+NUM_WEIGHTS = 51  # candidates for the weights of Fishers
 
 
 def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[str, Any]]:
@@ -38,10 +48,11 @@ def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[
                  for sample in models.samples]  # fmt: skip
         learned_on, held = ([pair[n] for pair in pairs] for n in range(2))
         chosen_by = "kept apart" if data.validation and not data.search else "those that chose"
-        with_data = [
-            {**entry, "data": str(_estimate(needed, model, sample, work / f"data-{n}"))}
-            for n, (entry, model, sample) in enumerate(zip(entries(recipe), models.finetuned, learned_on, strict=True))
-        ]
+        found = [_estimate(needed, model, sample) for model, sample in zip(models.finetuned, learned_on, strict=True)]
+        with_data = []
+        for n, (entry, model, one) in enumerate(zip(entries(recipe), models.finetuned, found, strict=True)):
+            SAVE[needed](work / f"data-{n}", one, model, overwrite=True)
+            with_data.append({**entry, "data": str(work / f"data-{n}")})
         default = mean(recipe)
         notes.append(f"data: {method.data} estimated on {', '.join(str(len(one)) for one in learned_on)} examples")
     search = dict(data.search)
@@ -58,6 +69,15 @@ def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[
         return _merge_ours(models, with_data, work), default, facts
     # A base would be one more model for these methods, and would need Fishers or Grams of its own.
     made = change(recipe, models=with_data, **({} if needed is None else {"base_model": None}))
+    said = ["weight" in level for level in (recipe.parameters, *(entry.parameters for entry in recipe.models))]
+    if recipe.merge_method == "fisher" and not search and not any(said) and len(with_data) > 1:
+        weights, facts["search"] = _weigh_fishers(models, found, with_teachers(models, held))
+        with_data = [
+            {**entry, "parameters": {**(entry.get("parameters") or {}), "weight": weight}}
+            for entry, weight in zip(with_data, weights, strict=True)
+        ]
+        facts |= {"options": {"weight": weights}, "chosen_by": "those that chose"}
+        made = change(recipe, models=with_data, base_model=None)
     if search:
         made, facts["options"], facts["search"] = search_options(models, made, search, with_teachers(models, held))
     return made, default, facts
@@ -86,9 +106,29 @@ def _merge_ours(models: TaskModels, with_data, work: Path) -> Recipe:
     return as_it_is(recipe, merged, models.like, work)
 
 
-def _estimate(kind, model, sample, place):
+def _estimate(kind, model, sample):
     if kind == "fisher":
-        save_fisher(place, estimate_fisher(model.params, sample), model, overwrite=True)
-    else:
-        save_grams(place, gather_grams(model.params, sample), model, overwrite=True)
-    return place
+        return estimate_fisher(model.params, sample)
+    return gather_grams(model.params, sample)
+
+
+def _weigh_fishers(
+    models: TaskModels, fishers: Sequence[Params], samples: Sequence[Sample]
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """λ of every model, chosen by examples among `compose.fisher.draw_coefficients`; and what each candidate scored."""
+    recipe, kinds = models.recipe, option_kinds(METHODS["fisher"])
+    options = {
+        name: evaluate(recipe.parameters[name].conditions[0], 0.0, kinds[name])
+        for name in ("normalize", "floor", "favor_target")
+        if name in recipe.parameters
+    }
+    weights = draw_coefficients(len(fishers), NUM_WEIGHTS, seed=recipe.data.seed)
+    candidates = fisher_candidates([widen(one.params) for one in models.finetuned], fishers, weights, **options)
+    logits = [score_many(candidates, Logits(sample.forward), sample)["logits"] for sample in samples]
+    experts, tried = score_experts(models, samples), []
+    for n, row in enumerate(weights.tolist()):
+        scores = [score_logits(one[n], sample.batch) for one, sample in zip(logits, samples, strict=True)]
+        score, loss = rank(scores, experts)
+        tried.append({"options": {"weight": row}, "score": score, "loss": -loss})
+    best = min(range(len(tried)), key=lambda n: (-tried[n]["score"], tried[n]["loss"], n))
+    return tried[best]["options"]["weight"], tried
