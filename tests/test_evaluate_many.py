@@ -167,6 +167,21 @@ def test_models_stand_side_by_side_as_memory_allows(monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_stacked_models_reach_a_device_as_memory_allows(monkeypatch):
+    shapes, run = [], many._run
+
+    def spy(plan, *rest):
+        shapes.append(plan.rows.shape)
+        return run(plan, *rest)
+
+    monkeypatch.setattr(many, "_run", spy)
+    one = sum(leaf.nbytes for leaf in jax.tree.leaves(MODELS[0]))
+    for memory in (10**9, 4 * one):
+        score_many(stack_candidates(MODELS * 4), ClassScores(FORWARD), SOURCE, memory=memory)
+    assert shapes[0] == (2, 10 * 1)  # two devices, each with one worker
+    assert shapes[-1][0] >= 10  # 20 models on two devices, those of two calls within half of the memory
+
+
 def test_a_sample_is_taken_as_a_source_is():
     sample = Sample("noise", {"image": SOURCE.images, "label": SOURCE.labels}, FORWARD)
     found = score_many(stack_candidates(MODELS[:2]), ClassScores(sample.forward), sample)

@@ -123,6 +123,10 @@ def test_a_line_has_its_worst_point_and_both_ends():
     assert line.end_losses == (line.barrier.losses[0], line.barrier.losses[-1])
     excess = np.array(losses) - np.linspace(losses[0], losses[-1], 25)
     assert line.barrier.height == pytest.approx(max(excess.max(), 0), abs=1e-4)
+    tables = [{"table": draw(5, 5, seed=seed)} for seed in (1, 2)]
+    of_texts = evaluate_line(*tables, texts(), num_points=3)
+    middle = {"table": (tables[0]["table"] + tables[1]["table"]) / 2}
+    assert of_texts.barrier.losses[1] == pytest.approx(evaluate_texts(one_candidate(middle), texts())[0].loss, rel=1e-6)
     with pytest.raises(ConfigError, match="num_points is 2"):
         evaluate_line(OTHER, THIRD, sample, num_points=2)
 

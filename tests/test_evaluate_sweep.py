@@ -18,7 +18,7 @@ NUM_EXAMPLES = 11
 
 
 def setting(name, dtype=np.float32):
-    config = CONFIGS[name]
+    config = dataclasses.replace(CONFIGS[name], depth=8) if name == "resnet" else CONFIGS[name]
     target, vector = (random_params(config, seed=seed, dtype=dtype) for seed in (0, 1))
     draw = np.random.default_rng(2)
     shape = config.image_shape if name == "mlp" else (8, 8, 3)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate.candidates import line_candidates
 from jaxtune.evaluate.classifier import Metrics
+from jaxtune.evaluate.language import TextMetrics, evaluate_texts
 from jaxtune.evaluate.many import evaluate_many
 from jaxtune.interpolate.barrier import NUM_POINTS, Barrier, measure_barrier
 from jaxtune.sample import Sample
@@ -23,7 +24,7 @@ class Line:
     """
 
     barrier: Barrier
-    metrics: tuple[Metrics, ...]
+    metrics: tuple[Metrics, ...] | tuple[TextMetrics, ...]
 
     @property
     def end_losses(self) -> tuple[float, float]:
@@ -38,7 +39,7 @@ def evaluate_line(
 
     Args:
         first, second: Two models of one architecture, aligned beforehand where they need it.
-        sample: Labelled examples.
+        sample: Labelled examples, or texts as `sampling.make_text_sample` gives them.
         num_points: Both ends counted; at least 3.
         nonnegative: As in `candidates.mix_candidates`.
 
@@ -53,5 +54,7 @@ def evaluate_line(
     if num_points < 3:
         raise ConfigError(f"num_points is {num_points}; a barrier needs at least 3: two ends and what lies between.")
     weights = np.linspace(0, 1, num_points)
-    metrics = evaluate_many(line_candidates(first, second, weights, nonnegative=nonnegative), sample.forward, sample)
+    points = line_candidates(first, second, weights, nonnegative=nonnegative)
+    is_text = sample.is_labelled and sample.batch["label"].ndim == 2
+    metrics = evaluate_texts(points, sample) if is_text else evaluate_many(points, sample.forward, sample)
     return Line(measure_barrier(weights, [one.loss for one in metrics]), tuple(metrics))

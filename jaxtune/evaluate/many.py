@@ -154,12 +154,16 @@ def _plan(candidates, score, shared, batches, devices, at_a_time, memory):
     size = min(at_a_time or (1 if _is_cpu() else most), most)
     if at_a_time is None and size > 1:
         one = jax.eval_shape(lambda: candidates.take(0))
-        fit = memory // (num_workers * max(sum(_num_bytes(leaf) for leaf in jax.tree.leaves(one)), 1))
+        fit = memory // (num_workers * max(sum(map(_num_bytes, jax.tree.leaves(one))), 1))
         size = max(1, min(size, fit))
     while True:
         if at_a_time is None:
             size = -(-most // -(-most // size))  # 11 by 10 at a time are 6 and 5, not 10 and 1
-        num_calls = min(CALLS_A_WORKER * num_workers if size == 1 else -(-most // size), most)
+        if size == 1:  # what of the candidates is their own lies on a device for the calls under way and the next
+            held = sum(map(_num_bytes, jax.tree.leaves(candidates.own))) // len(devices) * (num_workers + 1)
+            num_calls = min(max(CALLS_A_WORKER * num_workers, -(-held // max(memory // 2, 1))), most)
+        else:
+            num_calls = -(-most // size)
         parts = np.array_split(np.arange(len(candidates)), num_calls * len(devices))
         slots = size * -(-max(map(len, parts)) // size)
         own = jax.tree.map(partial(_with_rows, slots * len(devices)), candidates.own)
