@@ -9,9 +9,10 @@ from small_models import FAST, difference, random_batch, random_params, run
 
 from jaxtune import symmetry
 from jaxtune.align.registry import find_element
+from jaxtune.align.universe import average_in_universe, match_universe, move_together
 from jaxtune.errors import ConfigError, DataError, TreeMismatchError
 from jaxtune.interpolate.line import interpolate_linear
-from jaxtune.interpolate.repair import find_norms, repair, reset_statistics
+from jaxtune.interpolate.repair import find_norms, repair, repair_average, reset_statistics
 from jaxtune.models import mlp, registry, resnet, resnet_imagenet
 from jaxtune.tree import flatten, map_leaves, unflatten
 
@@ -105,6 +106,31 @@ def test_every_channel_has_mean_and_deviation_between_the_ends(name, weight):
         wanted = [(1 - weight) * ends[0][path][k] + weight * ends[1][path][k] for k in (0, 1)]
         np.testing.assert_allclose(mean, wanted[0], rtol=1e-3, atol=1e-3, err_msg=path)
         np.testing.assert_allclose(deviation, wanted[1], rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_an_average_of_three_matched_networks_is_mended():
+    """Orders planted between three: matched jointly, averaged, and every channel has the mean of their moments."""
+    config = CONFIGS["resnet"]
+    batches, spec = [batch_of(config, 0)], registry.symmetry_of(config)
+    ends = make_ends(config, batches)
+    ends.append(reset_statistics(observer(config), interpolate_linear(*ends, 0.3), batches))
+    models = [
+        ends[0],
+        *(symmetry.apply(spec, symmetry.random(jax.random.key(n), spec), end) for n, end in enumerate(ends[1:])),
+    ]
+    found = match_universe(jax.random.key(2), spec, models)
+    together = move_together(spec, found, models)
+    for model, end in zip(together, ends, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, model, end)
+    average = average_in_universe(spec, found, models)
+    mended = repair_average(observer(config), average, together, (1 / 3,) * 3, batches)
+    measured = [outputs_of_norms(config, end, batches) for end in ends]
+    for path, (mean, deviation) in outputs_of_norms(config, mended, batches).items():
+        wanted = [np.mean([one[path][k] for one in measured], axis=0) for k in (0, 1)]
+        np.testing.assert_allclose(mean, wanted[0], rtol=1e-3, atol=1e-3, err_msg=path)
+        np.testing.assert_allclose(deviation, wanted[1], rtol=1e-3, atol=1e-4, err_msg=path)
+    with pytest.raises(ValueError, match="one for each of 3 networks"):
+        repair_average(observer(config), average, together, (0.5, 0.5), batches)
 
 
 @EVERY

@@ -147,6 +147,11 @@ def match_mean(
     )
 
 
+def move_together(spec: Spec, result: UniverseResult, models: Sequence[Params], *, reference: int = 0) -> list:
+    """All models in the coordinates of model number `reference`."""
+    return [elements.apply(spec, result.between(spec, m, reference), model) for m, model in enumerate(models)]
+
+
 def average_in_universe(
     spec: Spec,
     result: UniverseResult,
@@ -157,7 +162,8 @@ def average_in_universe(
 ) -> dict[str, Any]:
     """Mean of the models where all are matched, in the coordinates and dtypes of model number `reference`.
 
-    Integer and boolean leaves are the reference's. Networks with batch norms need `interpolate.repair` afterwards.
+    Integer and boolean leaves are the reference's. Networks with batch norms need
+    `interpolate.repair.repair_average` afterwards, with the models of `move_together`.
 
     Args:
         spec, result, models: Of `match_universe`.
@@ -171,7 +177,7 @@ def average_in_universe(
     if weights.shape != (len(models),) or not np.isfinite(weights).all() or weights.sum() == 0:
         raise ConfigError(f"weights {weights.tolist()}: one finite number for each of {len(models)} models, sum not 0.")
     shares = weights / weights.sum()
-    moved = [elements.apply(spec, result.between(spec, m, reference), model) for m, model in enumerate(models)]
+    moved = move_together(spec, result, models, reference=reference)
 
     def mean(path, leaf, *leaves):
         del path

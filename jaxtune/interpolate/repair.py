@@ -79,15 +79,42 @@ def repair(
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must be within [0, 1], got {weight}")
     merged = interpolate_linear(first, second, weight)
+    return repair_average(observe, merged, (first, second), (1 - weight, weight), batches, norm_eps=norm_eps)
+
+
+def repair_average(
+    observe: Observe,
+    merged: Params,
+    ends: Sequence[Params],
+    shares: Sequence[float],
+    batches: Sequence[Batch],
+    *,
+    norm_eps: float = 1e-5,
+) -> dict[str, Any]:
+    """`repair` of an average of any number of networks, all aligned beforehand.
+
+    Args:
+        observe, batches, norm_eps: As in `repair`.
+        merged: The average.
+        ends: The networks.
+        shares: Of each in the average; their sum is 1.
+
+    Raises:
+        TreeMismatchError, DataError: as `repair`.
+        ValueError: another number of shares than ends, one below 0, or another sum.
+    """
+    if len(shares) != len(ends) or min(shares, default=-1) < 0 or abs(math.fsum(shares) - 1) > 1e-6:
+        raise ValueError(f"shares must be one for each of {len(ends)} networks, not negative, of sum 1; got {shares}")
     norms = find_norms(merged)
-    ends = [_measure_outputs(observe, end, batches, norms, norm_eps) for end in (first, second)]
+    measured = [_measure_outputs(observe, end, batches, norms, norm_eps) for end in ends]
     leaves = flatten(merged)
     offsets, gains = {}, {}
     for path in norms:
-        (mean, deviation), (other_mean, other_deviation) = (end[path] for end in ends)
+        mean, deviation = (
+            sum(share * end[path][k] for share, end in zip(shares, measured, strict=True)) for k in (0, 1)
+        )
         sign = np.where(np.asarray(leaves[f"{path}/scale"], np.float64) < 0, -1.0, 1.0)
-        offsets[f"{path}/bias"] = (1 - weight) * mean + weight * other_mean
-        gains[f"{path}/scale"] = sign * ((1 - weight) * deviation + weight * other_deviation)
+        offsets[f"{path}/bias"], gains[f"{path}/scale"] = mean, sign * deviation
     return reset_statistics(observe, _replace(merged, offsets, gains), batches)
 
 
