@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jaxtune import tree
+from jaxtune.commands.options import parse_options
 from jaxtune.compose.distill import distill
 from jaxtune.compose.fewshot import tune_few
 from jaxtune.data import ArraySource
@@ -20,7 +21,7 @@ from jaxtune.sampling import make_sample
 from jaxtune.teach import descent
 from jaxtune.train.checkpoints import StateSeries
 from jaxtune.transport.prepared import apply_transport
-from jaxtune.transport.registry import prepare_transport
+from jaxtune.transport.registry import METHODS, prepare_transport
 
 CONFIG = mlp.Config(image_shape=(8, 8, 1), widths=(16,), num_outputs=3, activation="gelu")
 VIT = vit.Config(
@@ -285,6 +286,12 @@ def test_what_cannot_be_learned_is_refused(networks, sample):
         distill(sample, tree.map_leaves(lambda _, x: x * np.nan, teacher), base)
     with pytest.raises(NonFiniteError, match="diverged"):
         distill(sample, teacher, base, **QUICK | {"held_out": 0.0, "learning_rate": 1e30})
+
+
+def test_options_without_a_default_can_be_said_in_words():
+    said = parse_options(["learning_rate=0.01", "num_steps=5"], METHODS["distill"].options, "it")
+    assert said == {"learning_rate": 0.01, "num_steps": 5}
+    assert parse_options(["learning_rate=None"], METHODS["distill"].options, "it") == {"learning_rate": None}
 
 
 @pytest.mark.parametrize("start", ["base", "permutation"])

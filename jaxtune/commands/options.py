@@ -49,7 +49,7 @@ def refuse_output(out: str | None, overwrite: bool, inputs: Sequence[str]) -> Pa
 
 
 def parse_options(pairs: Sequence[str], known: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """`NAME=VALUE` pairs as options, each of the type of its default.
+    """`NAME=VALUE` pairs as options, each of the type of its default; where that is None, as Python reads the value.
 
     Raises:
         UnknownNameError: no such option; lists the known ones.
@@ -75,7 +75,7 @@ def _convert(name, text, default):
         value = text
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if default is not inspect.Parameter.empty and type(value) is not type(default):
+    if default is not inspect.Parameter.empty and default is not None and type(value) is not type(default):
         raise ConfigError(f"option {name}={text}: expected a {type(default).__name__}, like the default {default!r}.")
     return value
 
