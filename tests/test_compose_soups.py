@@ -1,6 +1,7 @@
 """Soups beside loops in NumPy over the same models."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -122,6 +123,33 @@ def test_leaves_that_are_no_floats_are_the_best_models():
     found = compose("uniform_soup", {**base, "step": np.int32(99)}, models, SAMPLE)
     assert int(found.params["step"]) == found.info["order"][0] != 0
     assert found.params["block_0"]["kernel"].dtype == jax.numpy.bfloat16
+
+
+@dataclass(frozen=True)
+class Bigram:
+    """Logits of the next token from a table alone."""
+
+    def __call__(self, params, batch):
+        return params["table"][batch["text"][:, :-1]]
+
+
+def test_language_models_are_chosen_by_perplexity():
+    text = np.random.RandomState(0).randint(0, 4, (6, 5)).astype(np.int32)
+    mask = np.arange(5)[None] < np.array([5, 5, 3, 2, 5, 4])[:, None]
+    batch = {"text": text, "label": text[:, 1:], "valid": mask[:, 1:]}
+    tables = [{"table": draw(4, 4, seed=seed)} for seed in (1, 2, 3)]
+
+    def perplexity(params):
+        log_probabilities = np.log(softmax(params["table"].astype(np.float64)))
+        return np.exp(-log_probabilities[text[:, :-1], text[:, 1:]][mask[:, 1:]].mean())
+
+    found = compose("greedy_soup", tables[0], tables, Sample("texts", batch, Bigram()), metric="perplexity")
+    order, chosen, soup = greedy_in_numpy(tables, perplexity, lambda a, b: a < b)
+    assert found.info["scores"] == pytest.approx([perplexity(table) for table in tables], rel=1e-5)
+    assert (found.info["order"], found.info["accepted"]) == (order, chosen)
+    assert_same(found.params, soup)
+    with pytest.raises(UnknownNameError, match="perplexity"):
+        compose("greedy_soup", tables[0], tables, Sample("texts", batch, Bigram()), metric="balanced_accuracy")
 
 
 def test_mixtures_go_by_the_users_metric_and_tell_where_they_come_from():

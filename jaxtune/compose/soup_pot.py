@@ -11,6 +11,7 @@ import numpy as np
 from jaxtune.compose.vectors import narrow
 from jaxtune.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError, unknown_name
 from jaxtune.evaluate.candidates import mix_candidates, one_candidate, stack_candidates
+from jaxtune.evaluate.language import evaluate_texts
 from jaxtune.evaluate.many import evaluate_many
 from jaxtune.interpolate.repair import Observe, find_norms, reset_statistics
 from jaxtune.models import registry
@@ -22,6 +23,7 @@ from jaxtune.types import Params
 Metric = Callable[[Params], float]
 MODES = ("max", "min")
 METRICS = {"accuracy": "max", "balanced_accuracy": "max", "loss": "min", "calibration_error": "min"}
+TEXT_METRICS = {"accuracy": "max", "loss": "min", "perplexity": "min"}
 STATISTICS_BATCH = 128  # examples that a batch norm takes its statistics from at a time
 
 
@@ -31,19 +33,20 @@ class Pot:
     Args:
         models: The ingredients.
         sample: What named metrics are measured on, and where batch norms get their statistics; None with a function.
-        metric: A key of `METRICS`, or a function of parameters.
+        metric: A key of `METRICS`, for language models of `TEXT_METRICS`, or a function of parameters.
         mode: "max", "min", or None: the metric's own.
     """
 
     def __init__(self, models: Sequence[Params], sample: Sample | None, metric: str | Metric, mode: str | None):
+        known = TEXT_METRICS if _is_text(sample) else METRICS
         if isinstance(metric, str):
-            if metric not in METRICS:
-                raise unknown_name("metric", metric, METRICS)
+            if metric not in known:
+                raise unknown_name("metric", metric, known)
             if sample is None or not len(sample) or not sample.is_labelled:
                 raise DataError(f"{sample.name if sample else 'a soup'}: {metric} needs labelled examples.")
         if mode is not None and mode not in MODES:
             raise unknown_name("mode", mode, MODES)
-        self.mode = mode or (METRICS[metric] if isinstance(metric, str) else "max")
+        self.mode = mode or (known[metric] if isinstance(metric, str) else "max")
         self._models, self._sample, self._metric = list(models), sample, metric
         self._observe = observe_of(models[0], sample)
         self._mixed = mix_candidates(models, np.eye(len(models)))
@@ -88,7 +91,9 @@ class Pot:
         return params if np.count_nonzero(weights) == 1 else mend_statistics(self._observe, params, self._sample)
 
     def _named(self, candidates):
-        metrics = evaluate_many(candidates, self._sample.forward, self._sample)
+        sample = self._sample
+        is_text = _is_text(sample)
+        metrics = evaluate_texts(candidates, sample) if is_text else evaluate_many(candidates, sample.forward, sample)
         return [getattr(one, self._metric) for one in metrics]
 
     def _asked(self, params):
@@ -147,6 +152,10 @@ def observe_of(params: Params, sample: Sample | None) -> Observe | None:
 @functools.partial(jax.jit, static_argnums=0, static_argnames="is_training")
 def _observe(config, params, batch, *, is_training):
     return registry.observe_norms(config, params, batch, is_training=is_training)
+
+
+def _is_text(sample):
+    return sample is not None and sample.is_labelled and sample.batch["label"].ndim == 2
 
 
 def _with_leaves(params, leaves):

@@ -32,8 +32,10 @@ def uniform_soup(
     Args:
         base: What all were fine-tuned from; its dtypes are the result's.
         finetuned: The ingredients.
-        samples: One, labelled, held out from their training.
-        metric: "accuracy", "balanced_accuracy", "loss", "calibration_error", or a function of parameters.
+        samples: One, labelled, held out from their training: of a source that `jaxtune.compose` opens,
+            `split="validation"`.
+        metric: "accuracy", "balanced_accuracy", "loss", "calibration_error", or a function of parameters; of language
+            models "accuracy", "loss", "perplexity".
         mode: "max" or "min"; None: as the metric is named, "max" for a function.
         include_base: Whether the base is an ingredient too, the last one.
         seed: Not used; there is nothing to draw.
