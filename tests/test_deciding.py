@@ -1,6 +1,7 @@
 """Recipes whose numbers examples decide: through the command line, to files, and beside what trees give."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtune import checkpoint
 from jaxtune.cli import main
 from jaxtune.compose.registry import METHODS as LEARNED_METHODS
 from jaxtune.compose.registry import compose
-from jaxtune.deciding.learned import FEW
+from jaxtune.deciding.learned import FEW, _with_weights
 from jaxtune.errors import ConfigError
 from jaxtune.merge.registry import METHODS as MERGE_METHODS
 from jaxtune.merging import merge_recipe, plan_recipe
@@ -95,6 +96,25 @@ def test_learned_coefficients_become_weights_of_stored_tensors(case, tmp_path, h
     assert report["data"]["validation"]["examples"] == [len(sample) for sample in held]
     for name, c in found.coefficients.items():
         np.testing.assert_allclose(report["data"]["coefficients"][name], c, rtol=1e-6)
+
+
+def test_a_name_that_is_part_of_another_does_not_take_its_weight():
+    """The first filter that is part of a name decides, so the longer of two names stands first."""
+    recipe = read_recipe(
+        {
+            "merge_method": "ada_merging",
+            "base_model": "b",
+            "models": [{"model": "a"}],
+            "data": {"sources": {"a": "digits"}},
+        }
+    )
+    names = {name: [name] for name in ("head/kernel", "text/head/kernel", "kernel")}
+    models = SimpleNamespace(recipe=recipe, stored_names=lambda: names)
+    learned = {name: np.array([n + 0.5]) for n, name in enumerate(names)}
+    made = _with_weights(models, learned)
+    (setting,) = made.models[0].parameters.values()
+    for name, c in learned.items():
+        assert next(one for one in setting.conditions if one.matches(name)).value == c[0]
 
 
 def test_what_was_asked_for_and_found_stands_in_report_and_card(case, tmp_path):
