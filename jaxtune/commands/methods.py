@@ -26,7 +26,8 @@ def run(arguments) -> None:
             if row["options"]:
                 print(f"  {row['name']}: " + ", ".join(f"{name}={value}" for name, value in row["options"].items()))
         print()
-    print("Give options to align and transport as -o NAME=VALUE; those of merge stand under parameters of a recipe.")
+    print("Give options to align and transport as -o NAME=VALUE; those of merge stand under parameters of a recipe,")
+    print("and so do those of compose, whose methods need a data: block there (docs/merge.md), or jaxtune.compose.")
 
 
 def _describe(method):
