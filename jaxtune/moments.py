@@ -90,7 +90,7 @@ def gather_grams(params: Params, sample: Sample, *, chunk_size: int = 32) -> dic
         chunk_size: Examples at a time; another one sums in another order.
 
     Returns:
-        Path of every matrix -> its `Gram`.
+        Path of every matrix -> its `Gram`, in the order of their use.
 
     Raises:
         ConfigError: the family cannot be recorded; `chunk_size` below 1.
@@ -101,7 +101,7 @@ def gather_grams(params: Params, sample: Sample, *, chunk_size: int = 32) -> dic
     _check(sample)
     axes = _in_axes(sample, params)
     sums = _sum(partial(_own_moments, sample.record, params), sample, chunk_size)
-    return {path: Gram(*one, in_axes=axes[path]) for path, one in sums.items()}
+    return {path: Gram(*sums[path][:2], float(sums[path][2]), axes[path]) for path in axes}
 
 
 def gather_pairs(
@@ -130,7 +130,7 @@ def gather_pairs(
     sums = _sum(partial(_cross_moments, sample.record, loss, first, second), sample, chunk_size)
     return {
         path: Meeting(**{side: None if one is None else _pair(one) for side, one in sides.items()}, in_axes=axes[path])
-        for path, sides in sums.items()
+        for path, sides in ((path, sums[path]) for path in axes if path in sums)
     }
 
 
@@ -202,8 +202,10 @@ def _check(sample):
 
 
 def _in_axes(sample, params):
+    """Path of every matrix -> the leaf's axes that it sums over, in the order of their use."""
     inputs = inputs_of({name: values[:1] for name, values in sample.batch.items()})
-    return {path: site.in_axes for path, site in jax.eval_shape(sample.record, params, inputs).items()}
+    sites = jax.eval_shape(sample.record, params, inputs).items()
+    return {path: site.in_axes for path, site in sorted(sites, key=lambda item: item[1].order)}
 
 
 def _sum(add, sample, chunk_size):

@@ -14,6 +14,7 @@ from jaxtune.compose.fisher import fisher_search
 from jaxtune.compose.grafting import graft
 from jaxtune.compose.learned_soup import learned_soup
 from jaxtune.compose.mergetune import mergetune
+from jaxtune.compose.regression import lot, regmean, regmean_plus
 from jaxtune.compose.sca_learn import sca_learn
 from jaxtune.compose.soups import best_k_soup, greedy_soup, uniform_soup
 from jaxtune.compose.sy_merge import sy_merge
@@ -149,6 +150,24 @@ METHODS: dict[str, Method] = {
         "the few entries of each task vector that carry its skill, found by gradients",
         "labelled examples",
         "arXiv:2302.06600",
+    ),
+    "regmean": Method(
+        regmean,
+        "matrices nearest to every model's on what they read, from Grams gathered here",
+        "unlabelled inputs",
+        "arXiv:2212.09849",
+    ),
+    "regmean_plus": Method(
+        regmean_plus,
+        "the same layer by layer, behind layers that are merged already",
+        "unlabelled inputs",
+        "arXiv:2508.03121",
+    ),
+    "lot": Method(
+        lot,
+        "task vectors that drift least in what every matrix makes",
+        "unlabelled inputs",
+        "arXiv:2505.23859",
     ),
     "mergetune": Method(
         mergetune,

@@ -1,5 +1,7 @@
 """The matrix whose answers are nearest to every model's on that model's own inputs."""
 
+import math
+
 import numpy as np
 
 from jaxtune.errors import ConfigError, TreeMismatchError
@@ -22,6 +24,9 @@ def merge_regmean(
     It minimises `Σ λ_t ‖W X_tᵀ - W_t X_tᵀ‖²`. Off-diagonal entries of G_t are scaled first; ρ is the `ridge` times the
     mean diagonal entry: inputs that no task has keep the mean W̄.
 
+    A leaf of our own families, `.../kernel`, has its inputs first, one axis or several (heads and their units, the
+    patch of a convolution); they count as one, in their order.
+
     Args:
         view: Of the models, with Grams as extras. Leaves without are averaged, with weights λ.
         weight: λ.
@@ -29,7 +34,7 @@ def merge_regmean(
         ridge: At least 1e-6 in float32.
 
     Shapes:
-        extras: float[n, n], n the length of the leaf's input axis.
+        extras: float[n, n], n the number of the leaf's inputs.
 
     Reference:
         Jin et al. 2023, arXiv:2212.09849. Differs: the ridge, which the release lacks and fails without where an input
@@ -40,7 +45,12 @@ def merge_regmean(
     shape = view.extra_shapes[0]
     if shape is None:
         return Combine(_average, (tuple(weight),))
-    wanted = (view.shape[view.input_axis],) * 2 if is_matrix(view) else None
+    is_kernel = view.name.endswith("/kernel")
+    sizes = [math.prod(view.shape[:end]) for end in range(1, len(view.shape))] if is_kernel else []
+    if len(shape) == 2 and shape[0] == shape[1] and shape[0] in sizes:
+        return Combine(_solve, (tuple(weight), off_diagonal, ridge), (("input_axis", 0),))
+    known = sizes or ([view.shape[view.input_axis]] if is_matrix(view) else [])
+    wanted = (known[0],) * 2 if known else None
     if shape != wanted:
         raise TreeMismatchError(
             f"{view.name}: a Gram has the shape {shape}; "
@@ -58,6 +68,7 @@ def _solve(elements: Elements, weight: tuple, off_diagonal: float, ridge: float,
     xp, count = elements.xp, len(elements.models)
     above = below = mean = 0.0
     for model, gram, factor in zip(elements.models, elements.extras, weight, strict=True):
+        model = model.reshape(len(gram), -1) if input_axis == 0 else model
         matrix = model.T if input_axis % 2 == 0 else model
         if xp is np:
             matrix, gram = matrix.astype(np.float64), gram.astype(np.float64)
@@ -68,7 +79,8 @@ def _solve(elements: Elements, weight: tuple, off_diagonal: float, ridge: float,
     size = xp.trace(below) / len(below)
     pull = xp.where(size > 0, size, 1.0) * xp.maximum(ridge, LEAST_RIDGE[below.dtype.itemsize])
     merged = divide_matrix(xp, above + pull * mean, below + pull * xp.eye(len(below), dtype=below.dtype))
-    return (merged.T if input_axis % 2 == 0 else merged).astype(elements.dtype)
+    merged = merged.T if input_axis % 2 == 0 else merged
+    return merged.reshape(elements.models[0].shape).astype(elements.dtype)
 
 
 def _check(options):

@@ -37,7 +37,7 @@ WRAPPERS = {
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["inputs", "outputs", "mask", "gradients"],
-    meta_fields=["in_axes"],
+    meta_fields=["in_axes", "order"],
 )
 @dataclass(frozen=True)
 class Site:
@@ -50,6 +50,7 @@ class Site:
             token table that is read as a head.
         mask: True in the rows of real tokens; None where every row is real.
         gradients: Of a loss with respect to `outputs`, from `record_gradients`; None otherwise.
+        order: How many matrices are used before this one; a dict that comes out of `jit` is sorted by name.
 
     Shapes:
         inputs: float[M, n_in]; outputs, gradients: float[M, n_out], float32 or wider; mask: bool[M]. Rows are sorted
@@ -61,6 +62,7 @@ class Site:
     in_axes: tuple[int, ...]
     mask: jax.Array | None = None
     gradients: jax.Array | None = None
+    order: int = 0
 
 
 def record_matrices(config: Any, params: Params, batch: Mapping[str, Any]) -> dict[str, Site]:
@@ -132,7 +134,10 @@ def _run(function, params, batch, pushed):
     views += [None] * (len(flat) - len(views))
     tap = _Tap(pushed)
     outputs = tap.run(closed.jaxpr, closed.consts, flat, views)
-    sites = {path: _join(uses, _mask_of(path, uses[0], batch)) for path, uses in tap.uses.items()}
+    sites = {
+        path: replace(_join(uses, _mask_of(path, uses[0], batch)), order=order)
+        for order, (path, uses) in enumerate(tap.uses.items())
+    }
     return jax.tree.unflatten(jax.tree.structure(shape), outputs), sites
 
 
