@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.merge.affine import take
-from jaxtune.merge.masks import keep, sign_of
+from jaxtune.merge.masks import keep, pack, signs_of, turn, turn_and_clip, weigh
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between
 from jaxtune.merge.sparsify import within
@@ -52,8 +52,11 @@ def merge_sce(view: View, *, select_topk: float = 1.0, int8_mask: bool = False, 
 def _variance(elements: Elements) -> Leaf:
     first, count = elements.models[0], len(elements.models)
     if count == 2:
-        half = (elements.models[1] - first) / 2
-        return half * half
+        half = elements.own_model(1)
+        half -= first
+        half *= 0.5
+        half *= half
+        return half
     apart = [model - first for model in elements.models[1:]]
     mean = sum(apart[1:], apart[0]) / count if apart else elements.xp.zeros_like(first)
     return sum([(one - mean) ** 2 for one in apart], mean**2) / count
@@ -69,9 +72,15 @@ def _count_varying(elements):
 
 def _select(elements, cut):
     if not cut:
-        return list(elements.deltas)
+        return [elements.own_delta(model) for model in range(len(elements.models))]
     selected = within(elements, _variance(elements), *cut, is_exact=False)
-    return [keep(elements.xp, selected, delta) for delta in elements.deltas]
+    deltas = [elements.own_delta(model) for model in range(len(elements.models))]
+    if elements.xp is not np:
+        return [keep(elements.xp, selected, delta) for delta in deltas]
+    weights = weigh(np, pack(selected), elements.base)
+    for delta in deltas:
+        delta *= weights
+    return deltas
 
 
 def _sum_squares(elements, cut):
@@ -80,14 +89,22 @@ def _sum_squares(elements, cut):
 
 def _erase(elements, share, cut):
     xp, deltas = elements.xp, _select(elements, cut)
-    sign = sign_of(sum(deltas[1:], deltas[0]) >= 0, elements.dtype)
+    signs = signs_of(xp, sum(deltas[1:], deltas[0]))
     merged = weights = None
     for delta, factor in zip(deltas, share, strict=True):
-        agreeing = xp.maximum(delta * sign, 0.0)
-        agrees = (agreeing > 0).astype(elements.dtype) * factor
-        merged = agreeing * factor if merged is None else merged + agreeing * factor
-        weights = agrees if weights is None else weights + agrees
-    return elements.base + merged * sign / xp.maximum(weights, SMALL)
+        agreeing = turn_and_clip(xp, signs, delta)
+        agrees = (agreeing > 0).astype(elements.dtype)
+        agrees *= factor
+        agreeing *= factor
+        if merged is None:
+            merged, weights = agreeing, agrees
+        else:
+            merged += agreeing
+            weights += agrees
+    merged = turn(xp, signs, merged)
+    merged /= xp.maximum(weights, SMALL)
+    merged += elements.base
+    return merged
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxtune.merge.aligned import copy_aligned
-from jaxtune.merge.arrays import compute_dtype
+from jaxtune.merge.arrays import RUN, compute_dtype
 from jaxtune.merge.random_bits import make_stream
 from jaxtune.merge.view import Combine, Elements, MadeOnUse
 from jaxtune.stream.tensors import TensorReader
@@ -152,12 +152,18 @@ Leaf = StoredLeaf | SteppedLeaf
 
 
 def split(leaf: Leaf, length: int, low: int = 0, high: int | None = None) -> Iterable[tuple[int, int]]:
-    """Runs of about `length` elements, of whole rows, or the whole leaf, as its grain has it."""
+    """Runs of about `length` elements, of whole rows, or the whole leaf, as its grain has it.
+
+    Long ones are made of those of `RUN`, so that masks which were kept in one pass are found in the next.
+    """
     high = leaf.size if high is None else high
     if leaf.grain == "leaf":
         step = leaf.size
+    elif leaf.grain == "element":
+        step = length
     else:
-        step = length if leaf.grain == "element" else max(1, length // max(1, leaf.row_length)) * leaf.row_length
+        times = max(1, length // RUN)
+        step = max(1, length // times // max(1, leaf.row_length)) * leaf.row_length * times
     return [(first, min(first + step, high)) for first in range(low, high, max(1, step))]
 
 
