@@ -236,6 +236,8 @@ def test_a_killed_run_goes_on_bit_for_bit(kill_after, networks, sample, tmp_path
     with StateSeries(tmp_path / "states") as series:
         assert series.latest_step == 10 * kill_after
         resumed = distill(sample, teacher, base, series=series, **how)
+        with pytest.raises(ConfigError, match="states are of a run with"):
+            distill(sample, teacher, base, series=series, **how | {"learning_rate": (1e-3, 2e-2)})
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     assert resumed.info == whole.info
 

@@ -131,7 +131,7 @@ def descend(
         seen on the way).
 
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: a number out of range, or the series belongs to a run with other numbers.
         NonFiniteError: nothing that was learned is finite.
     """
     rates = [float(rate) for rate in learning_rates]
@@ -149,8 +149,14 @@ def descend(
     base = None if base is None or not aim.anchor else _floats(base)
     num_rounds = -(-num_steps // round_size)
     state = _first_state(learnable, len(rates), num_rounds)
+    settings = {
+        "num_steps": num_steps, "batch_size": batch_size, "round_size": round_size, "learning_rates": rates,
+        "num_examples": len(sample),
+    }  # fmt: skip
     if series is not None and series.latest_step is not None:
-        state, _ = series.restore(state)
+        state, saved = series.restore(state)
+        if saved != settings:
+            raise ConfigError(f"the saved states are of a run with {saved}, this one has {settings}.")
     place = partial(_place, num_steps=num_steps, round_size=round_size)
     while int(state.step) < num_steps * len(rates):
         run, done = divmod(int(state.step), num_steps)
@@ -172,7 +178,7 @@ def descend(
         state = _judge(state, learnable, aim, held, held_support, at)
         is_last = int(state.step) == num_steps * len(rates)
         if series is not None and (is_last or at[1] % SAVE_EVERY == 0):
-            series.save(state, {})
+            series.save(state, settings)
     return _result(state, learnable, aim, held, rates, num_steps)
 
 
