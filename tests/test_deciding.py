@@ -81,6 +81,17 @@ def test_names_of_learned_methods_are_those_of_the_registry():
     assert set(LEARNED) == set(LEARNED_METHODS) - several_models - no_choice - set(MERGE_METHODS)
 
 
+@pytest.mark.parametrize("method", ["lot", "regmean_plus"])
+def test_closed_forms_gather_their_own_grams(case, method, tmp_path):
+    report = merge_recipe(write_recipe(case, method, {"ridge": 1e-3}), tmp_path / "out")
+    _, trees = case
+    found = compose_few(method, trees["base"], [trees["a"], trees["b"]], samples_of(case), ridge=1e-3)
+    ours = flatten(jt.load(tmp_path / "out").params)
+    for path, leaf in flatten(found.params).items():
+        np.testing.assert_allclose(ours[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+    assert report
+
+
 @pytest.mark.parametrize("how", [{"level": "task"}, {"objective": "expert", "learning_rate": 0.02}], ids=str)
 def test_learned_coefficients_become_weights_of_stored_tensors(case, tmp_path, how):
     report = merge_recipe(write_recipe(case, "ada_merging", {"num_steps": 5, **how}), tmp_path / "out")

@@ -22,7 +22,9 @@ LEARNED = (
     "learned_graft",
     "learned_soup",
     "lines",
+    "lot",
     "mergetune",
+    "regmean_plus",
     "sca_learn",
 )
 MAX_CANDIDATES = 4096
