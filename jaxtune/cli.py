@@ -62,6 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     align.add_argument("--source", metavar="PATH", required=True, help="the base that moves")
     align.add_argument("--target", metavar="PATH", required=True, help="the base that stays")
     align.add_argument("--method", default="weights", help="see `jaxtune methods` (default: %(default)s)")
+    align.add_argument(
+        "--data", metavar="DATA", help="inputs for methods that look at some: .npz, .jsonl, digits, glyphs"
+    )
+    align.add_argument("--samples", type=int, metavar="N", help="so many of its train split (default: 64)")
+    align.add_argument(
+        "--data-option", action="append", default=[], metavar="NAME=VALUE", help="of the data, for instance task=mine"
+    )
     align.add_argument("--no-verify", dest="verify", action="store_false", help="do not run both networks; faster")
     _add_common(align)
 

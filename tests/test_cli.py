@@ -232,6 +232,24 @@ def test_align_by_the_whole_group_writes_rotations_and_the_moved_source(models, 
     assert copy["evidence"]["residual"]["found"] < 1e-4
 
 
+def test_align_by_examples_says_which_and_refuses_what_nothing_reads(models, run, tmp_path):
+    align = ["align", "--source", models["old"], "--target", models["copy"], "--out", tmp_path / "out"]
+    code, _, err = run(*align, "--method", "activations")
+    assert code == 2
+    assert "--method activations needs unlabelled inputs: give --data DATA" in err
+    assert "does not look at examples" in run(*align, "--data", "digits")[2]
+    assert "--samples goes with --data" in run(*align, "--samples", "9")[2]
+    draw = np.random.default_rng(0)
+    data = {f"{split}_x": draw.integers(0, 256, (40, 8, 8), dtype=np.uint8) for split in ("train", "test")}
+    data |= {f"{split}_y": np.arange(40, dtype=np.int32) % 10 for split in ("train", "test")}
+    np.savez(tmp_path / "data.npz", **data, class_names=np.array([str(n) for n in range(10)]))
+    code, _, err = run(*align, "--method", "activations", "--data", tmp_path / "data.npz", "--samples", "16")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["examples"]["num_examples"] == 16
+    assert report["equivalence"]["is_exact"]
+
+
 @pytest.mark.parametrize(("weight", "end"), [("0", "old"), ("1", "tuned")])
 def test_the_ends_of_a_line_are_the_models_themselves(weight, end, models, run, tmp_path):
     arguments = ["interpolate", models["old"], models["tuned"], "--weight", weight, "--out", tmp_path / "out"]

@@ -8,8 +8,10 @@ from jaxtune.align.registry import METHODS
 from jaxtune.checkpoint import safetensors
 from jaxtune.checkpoint.output import write_extra_files
 from jaxtune.checkpoint.publish import publish
+from jaxtune.commands.examples import hash_sample, open_examples
 from jaxtune.commands.options import describe_inputs, load_models, parse_options, read_config, refuse_output
-from jaxtune.errors import unknown_name
+from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.loading import network_of
 from jaxtune.report.evidence import ADVICE, evidence_rows, evidence_section
 from jaxtune.report.page import Section, render_page
 from jaxtune.report.run import Run, describe_host, to_json
@@ -41,9 +43,15 @@ def run(arguments) -> None:
     work = Run("align")
     with work.stage("load"):
         models = load_models(paths, read_config(arguments.config))
+        sample = _open_sample(arguments, models["target"])
     with work.stage("align"):
         found = jaxtune.align(
-            *models.values(), method=arguments.method, seed=arguments.seed, verify=arguments.verify, **options
+            *models.values(),
+            method=arguments.method,
+            sample=sample,
+            seed=arguments.seed,
+            verify=arguments.verify,
+            **options,
         )
     report = {
         "command": "align",
@@ -51,6 +59,7 @@ def run(arguments) -> None:
         "config": models["source"].config,
         "method": {"name": arguments.method, "options": {**METHODS[arguments.method].options, **options}},
         "seed": arguments.seed,
+        "examples": _describe(arguments, sample),
         "is_exact": found.spec.is_exact,
         "is_folded": METHODS[arguments.method].is_folded,
         "holds_moved_source": found.spec.is_exact and found.params is not None,
@@ -73,6 +82,29 @@ def run(arguments) -> None:
             checkpoint.write_checkpoint(folder, found.params, source.layout, side_files=source.side_files)
         write_extra_files(folder, {name: text.encode() for name, text in reports.items()})
     print(_summary(report, arguments.out))
+
+
+def _open_sample(arguments, model):
+    """Examples for a method that looks at some; an argument that nothing would read is refused."""
+    needed = METHODS[arguments.method].data
+    if arguments.data is None:
+        for name in ("samples", "data_option"):
+            if getattr(arguments, name):
+                raise ConfigError(f"--{name.replace('_', '-')} goes with --data DATA, which says where examples are.")
+        if needed != "none":
+            raise ConfigError(f"--method {arguments.method} needs {needed}: give --data DATA.")
+        return None
+    if needed == "none":
+        raise ConfigError(f"--data: align method {arguments.method!r} does not look at examples (`jaxtune methods`).")
+    how = {"num_examples": arguments.samples, "seed": arguments.seed, "needs_labels": needed == "labelled examples"}
+    return open_examples(arguments.data, arguments.data_option, network_of(model), model, **how)
+
+
+def _describe(arguments, sample):
+    if sample is None:
+        return None
+    facts = {"data": arguments.data, "options": list(arguments.data_option), "num_examples": len(sample)}
+    return facts | {"sha256": hash_sample(sample)}
 
 
 def _rows(report):
