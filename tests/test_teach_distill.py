@@ -19,6 +19,8 @@ from jaxtune.gradients import predict
 from jaxtune.models import mlp, registry, vit
 from jaxtune.sampling import make_sample
 from jaxtune.teach import descent
+from jaxtune.teach.distill import teach_sample
+from jaxtune.teach.weights import whole_weights
 from jaxtune.train.checkpoints import StateSeries
 from jaxtune.transport.prepared import apply_transport
 from jaxtune.transport.registry import METHODS, prepare_transport
@@ -106,6 +108,20 @@ def test_the_student_comes_to_say_what_the_teacher_says(networks, sample):
     found = distill(sample.without_labels(), teacher, base, **QUICK | {"num_steps": 60, "learning_rate": 1e-2})
     assert divergence(fresh, teacher, found.params) < 0.5 * divergence(fresh, teacher, base)
     assert jax.tree.map(lambda x: x.dtype, found.params) == jax.tree.map(lambda x: x.dtype, base)
+
+
+def test_every_epoch_sees_every_example_once_and_in_another_order(networks, sample):
+    """With a rate of almost nothing, the loss of a step is that of its batch."""
+    teacher, base = networks
+    loss, taught = teach_sample(sample, teacher, base)
+    _, info = descent.descend(
+        whole_weights(base), descent.Aim(loss), taught, key=KEY, num_steps=6, batch_size=8, round_size=1,
+        learning_rates=[1e-12],
+    )  # fmt: skip
+    losses = np.array(info["losses"][0])
+    whole = float(np.mean(loss(base, taught.batch)))
+    np.testing.assert_allclose([losses[:3].mean(), losses[3:].mean()], whole, rtol=1e-5)
+    assert len(set(np.round(losses, 6))) > 4
 
 
 def test_the_best_of_rates_and_rounds_is_kept_and_never_behind_the_start(networks, sample):
