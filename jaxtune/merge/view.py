@@ -76,19 +76,19 @@ class Elements:
     def deltas(self) -> Sequence[Leaf]:
         """The task vectors: every model minus the base; each is made when it is asked for."""
         # Nothing that is kept here may refer to all of this: what refers to itself is freed late, block after block.
-        return MadeOnUse(len(self.models), functools.partial(_own_delta, self.xp, self.models, self.base))
+        return MadeOnUse(len(self.models), functools.partial(_own_delta, self.models, self.base))
 
     def own_model(self, model: int) -> Leaf:
         """One model for a caller who uses it once, and may write into it where arrays can be written into."""
-        return _own(self.xp, self.models, model)
+        return _own(self.models, model)
 
     def own_delta(self, model: int) -> Leaf:
         """One task vector, likewise."""
-        return _own_delta(self.xp, self.models, self.base, model)
+        return _own_delta(self.models, self.base, model)
 
     def own_base(self) -> Leaf:
         """The base, likewise."""
-        return _own(self.xp, (self.base,), 0)
+        return _own((self.base,), 0)
 
     def uniform(self, model: int) -> Leaf:
         """Numbers in [0, 1) of one model, which depend on seed, model, leaf and element alone; float32."""
@@ -129,14 +129,15 @@ class Elements:
         return (wide + self.start).reshape(shape)
 
 
-def _own(xp, arrays, n):
+def _own(arrays, n):
     if isinstance(arrays, MadeOnUse):
         return arrays.own(n)
-    return copy_aligned(arrays[n], arrays[n].dtype) if xp is np else arrays[n]
+    # An array of NumPy may meet `jax.numpy` too: a scalar among leaves does.
+    return copy_aligned(arrays[n], arrays[n].dtype) if isinstance(arrays[n], np.ndarray) else arrays[n]
 
 
-def _own_delta(xp, models, base, model):
-    delta = _own(xp, models, model)
+def _own_delta(models, base, model):
+    delta = _own(models, model)
     delta -= base
     return delta
 
