@@ -148,29 +148,43 @@ def test_options_are_searched_for_by_examples(case, tmp_path):
     finetuned = [trees["a"], trees["b"]]
     samples = samples_of(case)
     scores = []
-    for scale in grid:
+    for scale in [1.0, *grid]:  # the recipe as it is goes first
         merged = jt.merge(finetuned, base=trees["base"], method="task_arithmetic", **{"lambda": scale})
         scores.append(np.mean([accuracy(merged, sample) for sample in samples]))  # the models know all of their labels
     tried = report["data"]["search"]
     assert [one["score"] for one in tried] == pytest.approx(scores)
-    best = max(range(4), key=lambda n: (tried[n]["score"], -tried[n]["loss"]))
-    assert report["data"]["options"] == {"lambda": grid[best]}
-    merged = jt.merge(finetuned, base=trees["base"], method="task_arithmetic", **{"lambda": grid[best]})
+    best = max(range(5), key=lambda n: (tried[n]["score"], -tried[n]["loss"]))
+    options = [{}, *({"lambda": scale} for scale in grid)]
+    assert [one["options"] for one in tried] == options
+    assert report["data"]["options"] == options[best]
+    merged = jt.merge(finetuned, base=trees["base"], method="task_arithmetic", **options[best])
     jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, merged)
 
 
 def test_two_options_of_a_random_method_are_searched_for_to_the_bit(case, tmp_path):
     recipe = write_recipe(case, "dare_ties", search={"density": [0.3, 0.9], "lambda": [0.5, 1.0]})
     report = merge_recipe(recipe, tmp_path / "out")
-    assert [one["options"] for one in report["data"]["search"]] == [
-        {"density": d, "lambda": s} for d in (0.3, 0.9) for s in (0.5, 1.0)
-    ]
+    tried = [one["options"] for one in report["data"]["search"]]
+    assert tried == [{}, *({"density": d, "lambda": s} for d in (0.3, 0.9) for s in (0.5, 1.0))]
     plain = yaml.safe_load(recipe.read_text())
     del plain["data"]
     plain["parameters"] = report["data"]["options"]
     merge_recipe(plain, tmp_path / "plain")
     for path, leaf in flatten(checkpoint.load(tmp_path / "plain").params).items():
         np.testing.assert_array_equal(flatten(checkpoint.load(tmp_path / "out").params)[path], leaf)
+
+
+def test_an_option_without_a_default_is_searched_for_too(case, tmp_path):
+    path = write_recipe(case, "slerp", base="a", names="b", search={"t": [0.0, 0.5]}, sources={})
+    recipe = yaml.safe_load(path.read_text())
+    folder, trees = case
+    recipe["data"]["sources"] = str(folder / "b.npz")
+    assert len(plan_recipe(recipe)) == 1
+    report = merge_recipe(recipe, tmp_path / "out")
+    assert [one["options"] for one in report["data"]["search"]] == [{"t": 0.0}, {"t": 0.5}]
+    assert report["data"]["validation"]["default"]["recipe"]["parameters"] == {"t": 0.0}
+    sample = make_sample(CONFIG, folder / "b.npz", num_examples=40, seed=3)
+    assert report["data"]["search"][0]["score"] == pytest.approx(accuracy(trees["a"], sample))
 
 
 def test_examples_without_labels_choose_by_what_the_models_say(case, tmp_path):
@@ -183,7 +197,7 @@ def test_examples_without_labels_choose_by_what_the_models_say(case, tmp_path):
     labelled = merge_recipe(write_recipe(case, "task_arithmetic", samples=None), tmp_path / "labelled")
     assert "accuracy" not in report["data"]["validation"]["chosen"]["scores"][0]
     assert "agreement" in report["notes"][-1]
-    assert len(report["data"]["search"]) == 15  # lambda, where nothing is said
+    assert len(report["data"]["search"]) == 1 + 15  # lambda, where nothing is said
     assert labelled["data"]["examples"] == dict.fromkeys(sources, 53)  # of 60, a tenth of a class is no "train"
 
 

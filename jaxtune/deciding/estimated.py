@@ -8,7 +8,7 @@ from jaxtune import checkpoint
 from jaxtune.compose.fisher import draw_coefficients, fisher_candidates
 from jaxtune.compose.scoring import score_logits
 from jaxtune.compose.vectors import widen
-from jaxtune.deciding.search import search_options
+from jaxtune.deciding.search import combine_values, is_complete, search_options, with_options
 from jaxtune.deciding.task_models import TaskModels, rank, score_experts, with_teachers
 from jaxtune.deciding.variants import as_it_is, change, entries, mean
 from jaxtune.evaluate.fisher import estimate_fisher, save_fisher
@@ -64,6 +64,8 @@ def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[
                 at_key=True,
             )
         search = {"lambda": tuple(round(0.1 * n, 1) for n in range(1, 16))}
+    if needed is None and search and not is_complete(default):
+        default = with_options(default, combine_values(search)[0])
     facts: dict[str, Any] = {"held": held, "chosen_by": chosen_by, "notes": notes}
     if needed == "gram" and models.like.layout.codec is None:
         return _merge_ours(models, with_data, work), default, facts

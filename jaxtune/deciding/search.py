@@ -6,6 +6,8 @@ from typing import Any
 
 from jaxtune.deciding.task_models import GROUP, TaskModels, rank, score_candidates, score_experts
 from jaxtune.deciding.variants import change
+from jaxtune.recipes.nodes import RecipeError
+from jaxtune.recipes.resolve import resolve
 from jaxtune.recipes.schema import Recipe
 from jaxtune.sample import Sample
 
@@ -13,7 +15,7 @@ from jaxtune.sample import Sample
 def search_options(
     models: TaskModels, recipe: Recipe, search: Mapping[str, Sequence[Any]], samples: Sequence[Sample]
 ) -> tuple[Recipe, dict[str, Any], list[dict[str, Any]]]:
-    """Tries every combination; the best by `rank`, the first of equals.
+    """Tries every combination, and the recipe as it is; the best by `rank`, the first of equals.
 
     Args:
         recipe: Without examples, with all that is not searched.
@@ -34,7 +36,9 @@ def search_options(
     experts = score_experts(models, samples)
     tried: list[dict[str, Any]] = []
     best, chosen = None, None
-    combinations = [dict(zip(search, values, strict=True)) for values in itertools.product(*search.values())]
+    combinations = combine_values(search)
+    if is_complete(recipe):
+        combinations = [{}, *combinations]
     for some in _in_groups(combinations):
         recipes = [with_options(recipe, options) for options in some]
         scores = score_candidates([models.merge(one) for one in recipes], samples)
@@ -46,9 +50,23 @@ def search_options(
     return (*chosen, tried)
 
 
+def combine_values(search: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination, the last option turning fastest."""
+    return [dict(zip(search, values, strict=True)) for values in itertools.product(*search.values())]
+
+
+def is_complete(recipe: Recipe) -> bool:
+    """Whether a recipe can be merged without more options: some methods have one without a default."""
+    try:
+        resolve(recipe)
+    except RecipeError:
+        return False
+    return True
+
+
 def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """The recipe with some parameters of all models set."""
-    return change(recipe, parameters={**recipe.plain.get("parameters", {}), **options})
+    return change(recipe, parameters={**(recipe.plain.get("parameters") or {}), **options})
 
 
 def _in_groups(values) -> Iterator[list[dict[str, Any]]]:

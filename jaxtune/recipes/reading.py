@@ -67,6 +67,9 @@ def without_examples(recipe: Recipe) -> Recipe:
         method = "linear" if recipe.base_model is None else "task_arithmetic"
         keys = {key: value for key, value in keys.items() if key not in ("parameters", "preset", "post")}
         keys |= {"merge_method": method, "models": models, "parameters": {"weight": 1.0}}
+    else:
+        first = {name: values[0] for name, values in recipe.data.search.items()}  # some options have no default
+        keys["parameters"] = first | (keys.get("parameters") or {})
     made = parse_recipe(nodes_of(keys, name=recipe.node.place.split(",")[0]), recipe.folder)
     return replace(made, seed=recipe.seed)
 
