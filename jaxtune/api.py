@@ -180,7 +180,8 @@ def transport(
         finetuned: Its fine-tune; a LoRA adapter of PEFT, or the folder of one, too. `adapting.carry_adapter` then
             carries the factors themselves.
         target: New base, of the same architecture; of checkpoints the vocabulary may differ, whose rows are then
-            matched by token (`transport.vocabulary`; `prepared.info["vocabulary"]` says how).
+            matched by token (`transport.vocabulary`; `prepared.info["vocabulary"]` says how). For another width call
+            `transport.registry.prepare_transport` (method `theseus` or `bico`, the sample from `sampling.for_sizes`).
         config: Architecture of bare trees: a model config or its dict.
         spec: A ready symmetry instead of a config.
         method: A key of `jaxtune.transport.registry.METHODS`.
