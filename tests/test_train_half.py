@@ -1,6 +1,5 @@
 """Half fine-tuning: what is frozen stays, has no state, and is what the merge takes back; images mixed for BANG."""
 
-import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -16,7 +15,7 @@ from jaxtune.checkpoint import load, save
 from jaxtune.errors import ConfigError, DataError, UnknownNameError
 from jaxtune.merge.arrays import merge_trees
 from jaxtune.merge.registry import METHODS
-from jaxtune.models import registry, vit
+from jaxtune.models import mlp, registry, vit
 from jaxtune.rng import named_key
 from jaxtune.train.half import draw_half
 from jaxtune.train.optimizer import make_optimizer
@@ -24,7 +23,7 @@ from jaxtune.train.step import create_state, cross_entropy, make_mesh, make_trai
 from jaxtune.tree import flatten, map_leaves
 
 DEEP = vit.Config(image_size=16, patch_size=8, channels=1, width=16, depth=4, num_heads=2, mlp_width=16, num_outputs=12)
-FLAT = dataclasses.replace(DEEP, depth=2, width=8)
+FLAT = mlp.Config(image_shape=(16, 16, 1), widths=(8, 8, 8), num_outputs=12)
 PATHS = list(flatten(random_params(DEEP)))
 KEY = jax.random.key(7)
 
@@ -66,7 +65,7 @@ def forward(params, frozen, batch, key):
 
 
 def test_frozen_leaves_have_no_state_and_do_not_move():
-    half = draw_half(flatten(random_params(FLAT)), seed=0)
+    half = draw_half(flatten(random_params(FLAT)), seed=0, level="leaf")
     optimizer, mesh = make_optimizer(1e-2, weight_decay=1.0), make_mesh(4, jax.local_devices()[:1])
     params = random_params(FLAT, dtype=np.float32)
     state = create_state(params, optimizer, mesh, is_trainable=half.is_trained)
@@ -118,16 +117,14 @@ def test_a_run_records_its_half(tmp_path):
     save(tmp_path / "base", registry.init(KEY, FLAT), config=registry.config_to_dict(FLAT))
     changes = {
         "base": str(tmp_path / "base"), "batch_size": 8, "num_steps": 2, "eval_batch_size": 100, "mixup": 0.2,
-        "seed": 3, "schedule": {}, "half": {"level": "layer", "stage": 1},
+        "seed": 3, "schedule": {}, "half": {"level": "leaf", "stage": 1},
     }  # fmt: skip
     config = ml_collections.ConfigDict(module.get_config().to_dict() | changes)
     config.data.options = {"size": 16, "margin": 1}
     assert finetune(config, tmp_path / "run") is None
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
     before, after = (flatten(load(tmp_path / name).params) for name in ("base", "run/model"))
-    half = draw_half(
-        before, seed=3, stage=1, level="layer", is_trainable=lambda path: registry.is_trainable(FLAT, path)
-    )
+    half = draw_half(before, seed=3, stage=1, level="leaf", is_trainable=lambda path: registry.is_trainable(FLAT, path))
     assert result["half"] == half.facts()
     same = {path for path in before if np.array_equal(before[path], after[path])}
     assert set(half.frozen) <= same
