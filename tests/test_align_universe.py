@@ -8,7 +8,15 @@ import pytest
 from toys import add_noise, residual_mlp, toy_transformer
 
 from jaxtune import symmetry, tree
-from jaxtune.align.universe import average_in_universe, best_step, joint_objective, match_mean, match_universe
+from jaxtune.align.universe import (
+    average_in_universe,
+    best_corner,
+    best_step,
+    joint_objective,
+    match_mean,
+    match_universe,
+    value_of,
+)
 from jaxtune.errors import ConfigError, TreeMismatchError, UnknownNameError
 from jaxtune.symmetry import Group, canonical, make_spec
 
@@ -92,6 +100,20 @@ def test_rotations_and_heads_of_folded_weights_are_matched_too():
     for path, leaf in tree.flatten(first).items():
         for other in others:
             np.testing.assert_allclose(tree.flatten(other)[path], leaf, atol=2e-3, err_msg=path)
+
+
+def test_a_step_goes_to_the_element_that_the_gradient_favours():
+    """Against every order of four units, and as the element acts."""
+    spec = make_spec([Group("hidden", 4)], {"in": (None, "hidden")})
+    scores = np.random.default_rng(0).normal(size=(4, 4))
+    corner = best_corner("permutation", scores)
+    best = max(sum(scores[order[t], t] for t in range(4)) for order in itertools.permutations(range(4)))
+    assert np.vdot(corner, scores) == pytest.approx(best)
+    leaf = np.arange(12, dtype=np.float32).reshape(3, 4)
+    moved = symmetry.apply(spec, {"hidden": value_of("permutation", corner)}, {"in": leaf})["in"]
+    np.testing.assert_array_equal(moved, leaf @ corner)
+    turned = best_corner("orthogonal", scores)
+    assert np.vdot(turned, scores) == pytest.approx(np.linalg.svd(scores)[1].sum(), rel=1e-6)
 
 
 def test_the_line_search_finds_the_highest_point_of_a_quartic():

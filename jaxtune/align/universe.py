@@ -245,7 +245,7 @@ def _frank_wolfe(spec, moved, max_steps, tolerance):
     relaxed, num_idle = [float(_objective(factors, leaves, layout))], 0
     while groups and len(relaxed) <= max_steps and num_idle < NUM_IDLE:
         gradient = _gradient(factors, leaves, layout)
-        ahead = {name: _best_corner(spec.groups[name].kind, gradient[name]) for name in groups}
+        ahead = {name: best_corner(spec.groups[name].kind, gradient[name]) for name in groups}
         values = np.asarray(_along(factors, ahead, leaves, jnp.asarray(steps, jnp.float32), layout), np.float64)
         step, value = best_step(steps, values)
         if value - relaxed[-1] <= tolerance * abs(relaxed[-1]):
@@ -258,9 +258,9 @@ def _frank_wolfe(spec, moved, max_steps, tolerance):
         factors = {name: (1 - share) * factors[name] + share * ahead[name] for name in groups}
         relaxed.append(value)
     is_converged = not groups or len(relaxed) <= max_steps
-    corners = {name: _best_corner(spec.groups[name].kind, factors[name]) for name in groups}
+    corners = {name: best_corner(spec.groups[name].kind, factors[name]) for name in groups}
     corrections = [
-        {**elements.identity(spec), **{name: _as_value(spec.groups[name].kind, corners[name][m]) for name in groups}}
+        {**elements.identity(spec), **{name: value_of(spec.groups[name].kind, corners[name][m]) for name in groups}}
         for m in range(len(moved))
     ]
     return corrections, [value + fixed for value in relaxed], is_converged
@@ -307,8 +307,12 @@ def _layout_of(spec, groups):
     return tuple(layout), degree
 
 
-def _best_corner(kind, scores):
-    """Of every matrix, the element whose inner product with it is highest, as a matrix [source, target]."""
+def best_corner(kind: str, scores: np.ndarray) -> np.ndarray:
+    """The element whose inner product with `scores` is highest, as a matrix [source unit, target unit].
+
+    Shapes:
+        scores: float[..., n, n]; result: float32[..., n, n].
+    """
     scores = np.asarray(scores, np.float64)
     if kind in ROTATIONS:
         solve = polar_factor if kind == "orthogonal" else centred_polar_factor
@@ -318,7 +322,8 @@ def _best_corner(kind, scores):
     return np.swapaxes(np.eye(scores.shape[-1], dtype=np.float32)[orders], -1, -2)
 
 
-def _as_value(kind, matrix):
+def value_of(kind: str, matrix: np.ndarray) -> np.ndarray:
+    """The value of a group whose matrix is `matrix`, a corner."""
     if kind in ROTATIONS:
         return np.asarray(matrix, np.float64)
     order = np.argmax(matrix, axis=-2).astype(np.int32)
