@@ -138,7 +138,7 @@ METHODS: dict[str, Method] = {
     "learned": Method(
         match_learned,
         {},
-        "rotations and maps inside heads learned from the start that full gives, on folded weights; exact symmetry",
+        "rotations and maps inside heads learned from where activations lead, on folded weights; exact symmetry",
         "unlabelled inputs",
         "arXiv:2506.22712",
         is_folded=True,
