@@ -5,8 +5,8 @@
 Part one asks the compiler about the program of one chunk. Part two runs each method in a process of its own and reports
 its peak over that of a process that loads the same networks and does nothing.
 
-Measured 2026-11-21 on two CPU cores shared with much other work (so no seconds), jax 0.10.2; in trees like the parameters
-(54.7 MiB, width 768, depth 2):
+Measured 2026-11-21 on two CPU cores shared with much other work (so no seconds), jax 0.10.2; in trees like the
+parameters (54.7 MiB, width 768, depth 2):
 
     examples in the chunk          1       4      16
     votes                        0.6     1.8     6.3
@@ -15,7 +15,7 @@ Measured 2026-11-21 on two CPU cores shared with much other work (so no seconds)
 
     peak of a process over one that holds the three networks     16 examples    64 examples
     gradfix (8 examples a chunk)                                        10.1           10.7
-    distill (three rates, batches of 16)                                20.3
+    distill (one rate, batches of 16)                                   20.3
 """
 
 import argparse
