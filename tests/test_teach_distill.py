@@ -11,7 +11,6 @@ import pytest
 
 from jaxtune import tree
 from jaxtune.commands.options import parse_options
-from jaxtune.compose.distill import distill
 from jaxtune.compose.fewshot import tune_few
 from jaxtune.data import ArraySource
 from jaxtune.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError, UnknownNameError
@@ -19,7 +18,7 @@ from jaxtune.gradients import predict
 from jaxtune.models import mlp, registry, vit
 from jaxtune.sampling import make_sample
 from jaxtune.teach import descent
-from jaxtune.teach.distill import teach_sample
+from jaxtune.teach.distill import distill, teach_sample
 from jaxtune.teach.weights import whole_weights
 from jaxtune.train.checkpoints import StateSeries
 from jaxtune.transport.prepared import apply_transport

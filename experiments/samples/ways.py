@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtune.compose.fewshot import tune_few
 from jaxtune.models import registry
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample, inputs_of
+from jaxtune.teach.distill import distill
 from jaxtune.transport.prepared import Prepared, apply_transport
 from jaxtune.transport.registry import prepare_transport
 from jaxtune.types import Params
@@ -100,8 +102,6 @@ def transport_by_labels(given, row):
 
 def distil(given, row):
     """The old base's fine-tune as teacher of the new base, or of what another way made of it."""
-    from jaxtune.compose.distill import distill
-
     start = given.make(row["start"])
     sample = given.sample.without_labels()
     return distill(sample, given.finetuned, start, key=named_key(given.key, "distill"), **row.get("options", {})).params
@@ -109,8 +109,6 @@ def distil(given, row):
 
 def tune_on_few(given, row):
     """The new base, or what another way made of it, fine-tuned on the labelled examples."""
-    from jaxtune.compose.fewshot import tune_few
-
     start = given.make(row["start"])
     return tune_few(given.sample, start, key=named_key(given.key, "few"), **row.get("options", {})).params
 

@@ -17,6 +17,7 @@ from jaxtune.errors import ConfigError, NonFiniteError
 from jaxtune.gradients import Loss
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample
+from jaxtune.teach.order import Order
 from jaxtune.teach.weights import Learnable
 from jaxtune.tree import flatten, is_float, unflatten
 from jaxtune.types import Params
@@ -67,7 +68,7 @@ class Aim:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["numbers", "opt_state", "step", "best", "best_score", "best_step", "scores", "losses"],
+    data_fields=["numbers", "opt_state", "step", "best", "best_score", "best_each", "best_step", "scores", "losses"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class DescentState:
 
     Shapes:
         step, best_step: int32[]. Steps of all learning rates together.
+        best_each: float32[held]. The loss of every held-out example where the numbers were best.
         scores: float32[R, 1 + rounds] of held-out examples, NaN where a round is still to come or none are held.
         losses: float32[R, rounds]. Mean of the loss over the steps of a round.
     """
@@ -85,6 +87,7 @@ class DescentState:
     step: Any
     best: Any
     best_score: Any
+    best_each: Any
     best_step: Any
     scores: Any
     losses: Any
@@ -110,7 +113,9 @@ def descend(
 
     The rate rises over a tenth of the steps and falls as a cosine to a twentieth. Every `round_size` steps the held-out
     examples are asked; the best numbers of all rounds and rates are kept, the start among them, so that the result is
-    never behind the start on them. Without held-out examples the end of the last rate is the result: give one rate.
+    never behind the start on them. A higher rate takes the network further from where it was, so it must be better by
+    more than the standard error of the difference. Without held-out examples the end of the last rate is the result:
+    give one rate.
 
     Args:
         learnable: What is learned.
@@ -119,7 +124,7 @@ def descend(
         key: Of the order of the examples.
         num_steps: Updates with each rate.
         batch_size: Examples a step; at most all of them.
-        learning_rates: One or more.
+        learning_rates: One or more, in ascending order.
         round_size: Steps between two looks at the held-out examples.
         held, held_support: What the choice is made by.
         support: What `aim.keep` is of.
@@ -143,12 +148,12 @@ def descend(
     if held is None and len(rates) > 1:
         raise ConfigError(f"{sample.name}: to choose among {len(rates)} learning rates, examples must be held out.")
     orders = {
-        "task": _Order(sample, batch_size, named_key(key, "task")),
-        "support": None if support is None else _Order(support, batch_size, named_key(key, "support")),
+        "task": Order(sample, batch_size, named_key(key, "task")),
+        "support": None if support is None else Order(support, batch_size, named_key(key, "support")),
     }
     base = None if base is None or not aim.anchor else _floats(base)
     num_rounds = -(-num_steps // round_size)
-    state = _first_state(learnable, len(rates), num_rounds)
+    state = _first_state(learnable, len(rates), num_rounds, 0 if held is None else len(held))
     settings = {
         "num_steps": num_steps, "batch_size": batch_size, "round_size": round_size, "learning_rates": rates,
         "num_examples": len(sample),
@@ -163,7 +168,7 @@ def descend(
         if not done:
             state = replace(state, numbers=learnable.numbers, opt_state=ADAM.init(learnable.numbers))
             if not run:
-                state = _judge(state, learnable, aim, held, held_support, place(0))
+                state = _judge(state, learnable, aim, held, held_support, place(0), num_steps)
         count = min(round_size, num_steps - done)
         batches = {name: order and order.batches(done, count) for name, order in orders.items()}
         numbers, opt_state, losses = _steps(
@@ -175,7 +180,7 @@ def descend(
             state, numbers=numbers, opt_state=opt_state, step=state.step + count,
             losses=state.losses.at[run, at[1] - 1].set(jnp.mean(losses)),
         )  # fmt: skip
-        state = _judge(state, learnable, aim, held, held_support, at)
+        state = _judge(state, learnable, aim, held, held_support, at, num_steps)
         is_last = int(state.step) == num_steps * len(rates)
         if series is not None and (is_last or at[1] % SAVE_EVERY == 0):
             series.save(state, settings)
@@ -206,13 +211,14 @@ def round_to(params: Params, like: Params) -> dict[str, Any]:
     )
 
 
-def _first_state(learnable, num_rates, num_rounds):
+def _first_state(learnable, num_rates, num_rounds, num_held):
     def nans(*shape):
         return jnp.full(shape, jnp.nan, jnp.float32)
 
     return DescentState(
         numbers=learnable.numbers, opt_state=ADAM.init(learnable.numbers), step=jnp.zeros((), jnp.int32),
         best=learnable.numbers, best_score=jnp.asarray(jnp.inf, jnp.float32), best_step=jnp.zeros((), jnp.int32),
+        best_each=jnp.full(num_held, jnp.inf, jnp.float32),
         scores=nans(num_rates, 1 + num_rounds), losses=nans(num_rates, num_rounds),
     )  # fmt: skip
 
@@ -222,31 +228,38 @@ def _place(step, *, num_steps, round_size):
     return run, -(-done // round_size)
 
 
-def _judge(state, learnable, aim, held, held_support, at):
+def _judge(state, learnable, aim, held, held_support, at, num_steps):
     """The state after a look at the held-out examples; nothing changes where there are none."""
     if held is None:
         return state
-    score = _mean_loss(aim.loss, learnable, state.numbers, held)
+    each = _each_loss(aim.loss, learnable, state.numbers, held)
+    score = float(np.mean(each))
     if held_support is not None and aim.keep is not None:
-        score += aim.protect * _mean_loss(aim.keep, learnable, state.numbers, held_support)
+        score += aim.protect * float(np.mean(_each_loss(aim.keep, learnable, state.numbers, held_support)))
     state = replace(state, scores=state.scores.at[at].set(score))
-    if not score < float(state.best_score):  # NaN is never better
+    least_gain = 0.0
+    if at[0] > max(0, int(state.best_step) - 1) // num_steps:  # the best is of a lower rate
+        least_gain = float(np.std(np.asarray(state.best_each) - each, ddof=1)) / len(held) ** 0.5
+    if not score < float(state.best_score) - least_gain:  # NaN is never better
         return state
     return replace(
-        state, best=state.numbers, best_score=jnp.asarray(score, jnp.float32), best_step=jnp.asarray(state.step)
-    )
+        state, best=state.numbers, best_score=jnp.asarray(score, jnp.float32), best_step=jnp.asarray(state.step),
+        best_each=jnp.asarray(each, jnp.float32),
+    )  # fmt: skip
 
 
-def _mean_loss(loss, learnable, numbers, sample):
-    total = 0.0
-    for chunk in sample.chunks(min(64, len(sample))):
-        total += float(_sum_loss(loss, learnable.build, learnable.fixed, numbers, chunk))
-    return total / len(sample)
+def _each_loss(loss, learnable, numbers, sample):
+    """float64[N]: the loss of every example."""
+    parts = [
+        np.asarray(_losses(loss, learnable.build, learnable.fixed, numbers, chunk), np.float64)
+        for chunk in sample.chunks(min(64, len(sample)))
+    ]
+    return np.concatenate(parts)[: len(sample)]
 
 
 @partial(jax.jit, static_argnames=("loss", "build"))
-def _sum_loss(loss, build, fixed, numbers, batch):
-    return jnp.sum(loss(build(fixed, numbers), batch) * batch["weight"])
+def _losses(loss, build, fixed, numbers, batch):
+    return loss(build(fixed, numbers), batch)
 
 
 @partial(jax.jit, static_argnames=("aim", "build"))
@@ -307,25 +320,3 @@ def _build(build, fixed, numbers):
 
 def _floats(params):
     return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in flatten(params).items() if is_float(leaf)}
-
-
-class _Order:
-    """Which examples a step sees: every epoch in an order of its own, a function of the key and the step alone."""
-
-    def __init__(self, sample: Sample, batch_size: int, key: jax.Array):
-        self._sample, self._size, self._key = sample, min(batch_size, len(sample)), key
-        self._known: dict[int, np.ndarray] = {}
-
-    def _permutation(self, epoch):
-        if epoch not in self._known:
-            seed = np.asarray(jax.random.bits(named_key(self._key, epoch), (2,), jnp.uint32))
-            order = np.random.RandomState(seed).permutation(len(self._sample))
-            self._known = {epoch: order, **dict(list(self._known.items())[:1])}
-        return self._known[epoch]
-
-    def batches(self, first: int, count: int) -> dict[str, np.ndarray]:
-        """[count, batch size, ...] of each array."""
-        places = first * self._size + np.arange(count * self._size)
-        rows = [self._permutation(int(place) // len(self._sample))[place % len(self._sample)] for place in places]
-        rows = np.reshape(rows, (count, self._size))
-        return {name: values[rows] for name, values in self._sample.batch.items()}
