@@ -77,4 +77,20 @@ def merge_methods():
 
 def composed_methods():
     """What learns on 64 examples a task; names are those of `jaxtune methods`."""
-    return {}
+
+    def row(method, is_labelled=False, **options):
+        return dict(method=method, is_labelled=is_labelled, options=options)
+
+    experts = dict(objective="expert", learning_rate=1e-2, num_steps=300, is_best_kept=True)
+    return {
+        "AdaMerging by entropy": row("ada_merging"),
+        "AdaMerging by the experts": row("ada_merging", **experts),
+        "AdaRank by the experts": row("ada_rank", **experts),
+        "aTLAS": row("atlas", True, start=0.3, learning_rate=1e-2, num_epochs=60),
+        "ScaLearn": row("sca_learn", True, mean=0.3, num_epochs=20),
+        "LiNeS": row("lines", True),
+        "Fisher, weights searched": row("fisher", True),
+        "RegMean": row("regmean"),
+        "RegMean++": row("regmean_plus"),
+        "LOT": row("lot"),
+    }

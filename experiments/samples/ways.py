@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxtune.compose.fewshot import tune_few
+from jaxtune.evaluate.proxy import with_proxy
 from jaxtune.models import registry
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample, inputs_of
@@ -116,13 +117,9 @@ def tune_on_few(given, row):
 def add_logits(given, row):
     """The new base's logits plus what fine-tuning did to the old base's: three networks at every prediction."""
     del row
-    forward = jax.jit(given.sample.forward)
-
-    def predict(batch):
-        inputs = inputs_of(batch)
-        return forward(given.target, inputs) + forward(given.finetuned, inputs) - forward(given.source, inputs)
-
-    return predict
+    proxy, together = with_proxy(given.sample, given.source, given.finetuned, given.target)
+    forward = jax.jit(proxy.forward)
+    return lambda batch: forward(together, inputs_of(batch))
 
 
 def nearest_mean(given, row):

@@ -9,6 +9,7 @@ from experiments.suite.experts import Task
 from jaxtune.data import DataSource
 from jaxtune.evaluate.classifier import evaluate_classifier
 from jaxtune.evaluate.sweep import evaluate_scales
+from jaxtune.evaluate.tasks import normalise_tasks
 from jaxtune.models.readout import class_embeddings
 from jaxtune.symmetry import Spec
 from jaxtune.transport.prepared import Prepared
@@ -24,15 +25,12 @@ def score_tasks(config: Any, params: Params, tasks: Mapping[str, Task], *, split
 
 
 def normalise(accuracies: Mapping[str, float], ceilings: Mapping[str, float]) -> dict[str, float]:
-    """Mean accuracy, mean of the shares of the experts' accuracies, and share of the means.
-
-    The three differ where tasks are of unequal difficulty; papers report the second.
-    """
-    ours, theirs = np.array([accuracies[name] for name in ceilings]), np.array(list(ceilings.values()))
+    """Mean accuracy, mean of the shares of the experts' accuracies, and share of the means."""
+    found = normalise_tasks(accuracies, ceilings)
     return {
-        "accuracy": float(ours.mean()),
-        "mean_of_ratios": float((ours / theirs).mean()),
-        "ratio_of_means": float(ours.mean() / theirs.mean()),
+        "accuracy": found.mean,
+        "mean_of_ratios": found.mean_of_ratios,
+        "ratio_of_means": found.ratio_of_means,
     }
 
 
