@@ -9,7 +9,9 @@ from small_models import random_params
 
 from jaxtune import symmetry, tree
 from jaxtune.align import memory
-from jaxtune.align.learned import Task, Training, learn_element, match_learned, mix_examples
+from jaxtune.align.learned import match_learned
+from jaxtune.align.learning import Training, learn_element
+from jaxtune.align.learning_steps import Task, mix_examples
 from jaxtune.align.registry import find_element
 from jaxtune.align.relaxed import make_plan
 from jaxtune.errors import ConfigError, DataError, SpecError, UnknownNameError
@@ -187,12 +189,12 @@ def test_a_killed_training_goes_on_where_it_was(tower, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with memory.remember_searches(tmp_path):
-        for name in ("jaxtune.align.learned.keep_progress",):
+        for name in ("jaxtune.align.learning.keep_progress",):
             monkeypatch.setattr(name, keep_and_die)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 learn()
-        monkeypatch.setattr("jaxtune.align.learned.keep_progress", kept)
+        monkeypatch.setattr("jaxtune.align.learning.keep_progress", kept)
         resumed = learn()
     assert resumed.losses == whole.losses
     for name in spec.groups:

@@ -8,15 +8,8 @@ import pytest
 from toys import add_noise, residual_mlp, toy_transformer
 
 from jaxtune import symmetry, tree
-from jaxtune.align.universe import (
-    average_in_universe,
-    best_corner,
-    best_step,
-    joint_objective,
-    match_mean,
-    match_universe,
-    value_of,
-)
+from jaxtune.align.frank_wolfe import best_corner, best_step, joint_objective, value_of
+from jaxtune.align.universe import average_in_universe, match_mean, match_universe
 from jaxtune.errors import ConfigError, TreeMismatchError, UnknownNameError
 from jaxtune.symmetry import Group, canonical, make_spec
 

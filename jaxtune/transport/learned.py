@@ -4,7 +4,8 @@ import functools
 
 import numpy as np
 
-from jaxtune.align.learned import Training, learn_element, start_element
+from jaxtune.align.learned import start_element
+from jaxtune.align.learning import Training, learn_element
 from jaxtune.sample import Sample
 from jaxtune.symmetry import canonical
 from jaxtune.symmetry import element as elements
