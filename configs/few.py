@@ -27,7 +27,7 @@ def get_config():
         num_steps=1500,
         batch_size=64,
     )
-    c.rungs = dict(release=(), branch=(0.0,), continued_rate=1e-3)
+    c.rungs = dict(release=(), branch=(0.0,), continued_rate=1e-3, has_other_data=False)
     c.tasks = dict(
         turned_digits=dict(
             name="mnist.npz",
@@ -53,9 +53,12 @@ def ways():
     for name in ("theseus", "bico", "tied", "learned", "gradfix_teacher"):
         rows[name] = dict(way="transport by inputs", method=name, options=dict())
     rows["gradfix"] = dict(way="transport by labels", method="gradfix", options=dict())
+    rows["align, then mask"] = dict(way="transport by labels", method="align_then_mask", options=dict())
+    rows["align, then mask, no labels"] = dict(way="transport by inputs", method="align_then_mask", options=dict())
     rows["distil"] = dict(way="distil", start="base", options=dict())
     rows["full, then distil"] = dict(way="distil", start="full", options=dict())
     rows["tied, then distil"] = dict(way="distil", start="tied", options=dict())
+    rows["learned, then distil"] = dict(way="distil", start="learned", options=dict())
     rows["tune"] = dict(way="tune", start="base", options=dict())
     rows["tune LoRA"] = dict(way="tune", start="base", options=dict(lora_rank=4))
     rows["full, then tune"] = dict(way="tune", start="full", options=dict())

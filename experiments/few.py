@@ -41,6 +41,7 @@ FIELDS = (
     "rungs.branch",  # shares of the steps
     "rungs.release",
     "rungs.continued_rate",
+    "rungs.has_other_data",
     "tasks",
     "finetune.num_steps",
     "finetune.batch_size",
@@ -72,7 +73,7 @@ def climb(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[str
         tuple(config.rungs.release),
         tuple(config.rungs.branch),
         config.rungs.continued_rate,
-        has_other_data=True,
+        has_other_data=config.rungs.has_other_data,
     )
     rows = []
     for model, values in plain["models"].items():

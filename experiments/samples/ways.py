@@ -1,7 +1,7 @@
 """The ways to use a few examples that are compared: transports, distillation, tuning, and rules of prediction."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ class Given:
         known: Name of a data-free way -> what it made of this task.
         aligned: Name of a data-free way -> its transport, made once for all tasks of the pair.
         ways: All of the config, by name.
+        made: Name of a way -> what it made of these examples.
     """
 
     config: Any
@@ -55,18 +56,17 @@ class Given:
     known: dict[str, Any]
     aligned: dict[str, Prepared]
     ways: Mapping[str, Mapping[str, Any]]
+    made: dict[str, Any] = field(default_factory=dict)
 
     def make(self, name: str) -> Any:
-        """What a way makes; data-free ones are kept in `known`."""
-        if name in self.known:
-            return self.known[name]
+        """What a way makes, made once: for these examples, or of a way that needs none for all sizes."""
         if name == "base":
             return self.target
         way = WAYS[self.ways[name]["way"]]
-        made = way.make(self, self.ways[name])
-        if way.is_free:
-            self.known[name] = made
-        return made
+        kept = self.known if way.is_free else self.made
+        if name not in kept:
+            kept[name] = way.make(self, self.ways[name])
+        return kept[name]
 
 
 def _prepare(given: Given, row: Mapping[str, Any], **data: Sample) -> Prepared:
