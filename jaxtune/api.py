@@ -31,15 +31,16 @@ from jaxtune.evaluate.exactness import verify_element
 from jaxtune.evaluate.example import apply_to_matrix, example_batch
 from jaxtune.evaluating import evaluate as evaluate
 from jaxtune.lazy import is_lazy, read
-from jaxtune.loading import Model, load, network_of, open_models, share_vocabulary
+from jaxtune.loading import Model, load, network_of, open_models, other_widths, share_vocabulary
 from jaxtune.models import registry
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample
+from jaxtune.sampling import for_sizes
 from jaxtune.symmetry import Spec, canonical
 from jaxtune.transport.expectation import expect_recovery
 from jaxtune.transport.prepared import Prepared, Symmetry, apply_transport
 from jaxtune.transport.registry import METHODS as TRANSPORT_METHODS
-from jaxtune.transport.registry import prepare_transport
+from jaxtune.transport.registry import check_widths, prepare_transport
 from jaxtune.tree import check_finite, flatten, map_leaves, unflatten
 
 EXAMPLES = 32  # inputs of the equivalence check
@@ -180,8 +181,8 @@ def transport(
         finetuned: Its fine-tune; a LoRA adapter of PEFT, or the folder of one, too. `adapting.carry_adapter` then
             carries the factors themselves.
         target: New base, of the same architecture; of checkpoints the vocabulary may differ, whose rows are then
-            matched by token (`transport.vocabulary`; `prepared.info["vocabulary"]` says how). For another width call
-            `transport.registry.prepare_transport` (method `theseus` or `bico`, the sample from `sampling.for_sizes`).
+            matched by token (`transport.vocabulary`; `prepared.info["vocabulary"]` says how). For the methods `theseus`
+            and `bico` it may be wider or narrower; between bare trees the sample is then one of `sampling.for_sizes`.
         config: Architecture of bare trees: a model config or its dict.
         spec: A ready symmetry instead of a config.
         method: A key of `jaxtune.transport.registry.METHODS`.
@@ -190,14 +191,18 @@ def transport(
         keep: Examples on which a polish is to leave the new base's predictions as they are.
         scale: Factor of the moved task vector.
         seed: Of every random choice.
-        verify: Whether to gather evidence; False saves an alignment and two forward passes.
+        verify: Whether to gather evidence; False saves an alignment and two forward passes. Between widths there is
+            none.
         **options: The method's own.
 
     Raises:
-        ConfigError: the architecture is unknown, or the three differ in it.
+        ConfigError: the architecture is unknown, or the three differ in it, or in widths that the method cannot carry
+            between.
         InexactElementError: the family declares the element exact and outputs say otherwise.
         JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
     """
+    if method not in TRANSPORT_METHODS:
+        raise unknown_name("transport method", method, TRANSPORT_METHODS)
     opened = {"source": source, "finetuned": finetuned, "target": target}
     if isinstance(finetuned, str | Path) and is_adapter(finetuned):
         finetuned = opened["finetuned"] = read_adapter(finetuned)
@@ -206,15 +211,20 @@ def transport(
         if not isinstance(opened["source"], Checkpoint):
             raise ConfigError("an adapter needs its base as a checkpoint, whose tensors it names: pass its path.")
         opened["finetuned"] = open_adapted(finetuned, opened["source"])
-    models, config = open_models(opened, config, roles_with_own_words=("source", "finetuned"))
+    others = other_widths(opened)
+    check_widths(method, others)
+    movers = ("source", "finetuned")
+    own_widths = movers if TRANSPORT_METHODS[method].widths_may_differ else ()
+    models, config = open_models(opened, config, roles_with_own_words=movers, roles_with_own_widths=own_widths)
+    if others:
+        networks = [network_of(opened["source"]), config]
+        sample, keep = (None if one is None else for_sizes(one, *networks) for one in (sample, keep))
     target = models["target"]
     models, words = share_vocabulary(opened, models, config)
     if sample is not None:  # networks that run are whole
         models = {name: map_leaves(lambda _, leaf: read(leaf), tree) for name, tree in models.items()}
         target = map_leaves(lambda _, leaf: read(leaf), target)
     source, finetuned, anchor = models.values()
-    if method not in TRANSPORT_METHODS:
-        raise unknown_name("transport method", method, TRANSPORT_METHODS)
     needs_symmetry = config is not None or spec is not None
     if not needs_symmetry and method not in ("identity", "orthogonal_shift"):
         raise ConfigError(
@@ -228,7 +238,7 @@ def transport(
     )
     prepared.info.update(words)
     evidence = equivalence = None
-    if verify and needs_symmetry:
+    if verify and needs_symmetry and _are_alike(source, anchor):
         spec, element = prepared.spec, prepared.element
         ours, theirs = prepared.fold(anchor), prepared.fold(source)
         if element is None:
@@ -266,6 +276,12 @@ def _symmetry(config, spec) -> Symmetry:
     if config is None:
         raise ConfigError("pass config= (a model config or its dict) or spec=; bare trees do not say what they are.")
     return functools.partial(registry.symmetry_of, config)
+
+
+def _are_alike(one, other):
+    """Whether two trees have the same shapes."""
+    shapes = [{path: tuple(leaf.shape) for path, leaf in flatten(params).items()} for params in (one, other)]
+    return shapes[0] == shapes[1]
 
 
 def _fixed_spec(params):

@@ -79,7 +79,11 @@ def network_of(model: Checkpoint) -> Any:
 
 
 def open_models(
-    models: Mapping[str, Model], config: Any, *, roles_with_own_words: Collection[str] = ()
+    models: Mapping[str, Model],
+    config: Any,
+    *,
+    roles_with_own_words: Collection[str] = (),
+    roles_with_own_widths: Collection[str] = (),
 ) -> tuple[dict[str, Params], Any]:
     """Trees of models that belong together, and their one config.
 
@@ -87,6 +91,7 @@ def open_models(
         models: Name used in messages -> model. The last one's config is given back.
         config: Architecture of bare trees, a model config or its dict; None for checkpoints.
         roles_with_own_words: Checkpoints whose vocabulary may differ from that of the last.
+        roles_with_own_widths: Models that may be wider or narrower than the last; of one width among themselves.
 
     Raises:
         ConfigError: the architecture is unknown, or two differ in it.
@@ -100,23 +105,60 @@ def open_models(
         config = registry.config_from_dict(config)
     own_words = [name for name in roles_with_own_words if name in checkpoints]
     if checkpoints:
-        own = check_same_architecture(checkpoints, roles_with_own_words=own_words)
+        own_widths = [name for name in roles_with_own_widths if name in checkpoints]
+        own = check_same_architecture(checkpoints, roles_with_own_words=own_words, roles_with_own_widths=own_widths)
         if config is not None and config != own:
             raise ConfigError(f"config= says {config}, the checkpoints say {own}. Leave config= out.")
         config = own
     axes = registry.vocabulary_axes(config) if own_words else {}
-    check_same({name: _without(tree, axes) for name, tree in trees.items()} if axes else trees)
+    comparable = {name: _without(tree, axes) for name, tree in trees.items()} if axes else trees
+    if roles_with_own_widths:
+        check_same({name: tree for name, tree in comparable.items() if name in roles_with_own_widths})
+        last = flatten(list(comparable.values())[-1])
+        # Where both have a leaf its shape does not count: what is left are paths, and models of the last one's width.
+        comparable = {
+            name: map_leaves(lambda path, leaf: last.get(path, leaf), tree) if name in roles_with_own_widths else tree
+            for name, tree in comparable.items()
+        }
+    check_same(comparable)
     for name, tree in trees.items():
         check_finite(name, tree)
     return trees, config
 
 
-def check_same_architecture(models: Mapping[str, Checkpoint], *, roles_with_own_words: Collection[str] = ()) -> Any:
+def other_widths(models: Mapping[str, Model]) -> dict[str, list[str]]:
+    """Checkpoints whose networks differ from the last one's in widths and at most in the vocabulary beside.
+
+    Returns:
+        Name -> a line for every width with both values; nothing where a model is a bare tree.
+
+    Raises:
+        ConfigError: a config is of no known family.
+    """
+    checkpoints = {name: model for name, model in models.items() if isinstance(model, Checkpoint)}
+    if len(checkpoints) < len(models):
+        return {}
+    *others, (last, config) = ((name, network_of(model)) for name, model in checkpoints.items())
+    found = {}
+    for name, other in others:
+        fields = _differing(*map(registry.without_vocabulary, (other, config)))
+        if fields and all(registry.is_width(*field) for field in fields):
+            found[name] = [_line(name, last, *field) for field in fields]
+    return found
+
+
+def check_same_architecture(
+    models: Mapping[str, Checkpoint],
+    *,
+    roles_with_own_words: Collection[str] = (),
+    roles_with_own_widths: Collection[str] = (),
+) -> Any:
     """The one model config of all checkpoints: that of the last.
 
     Args:
         models: Name used in the message -> checkpoint.
         roles_with_own_words: Those whose size of vocabulary may be another.
+        roles_with_own_widths: Those that may be wider or narrower.
 
     Raises:
         ConfigError: a config is of no known family, or two differ; lists every field with both values.
@@ -126,12 +168,10 @@ def check_same_architecture(models: Mapping[str, Checkpoint], *, roles_with_own_
         both = (other, config)
         if name in roles_with_own_words:
             both = tuple(map(registry.without_vocabulary, both))
-        theirs, ours = (_flat_config(registry.config_to_dict(one)) for one in both)
-        fields = ["model_type"] if theirs["model_type"] != ours["model_type"] else sorted(ours.keys() | theirs.keys())
         lines = [
-            f"  {field}: {name} {theirs.get(field)!r}, {last} {ours.get(field)!r}"
-            for field in fields
-            if ours.get(field) != theirs.get(field)
+            _line(name, last, *field)
+            for field in _differing(*both)
+            if not (name in roles_with_own_widths and registry.is_width(*field))
         ]
         if lines:
             raise ConfigError(
@@ -177,6 +217,17 @@ def share_vocabulary(
         }
     }
     return {role: take_rows(trees[role], axes, np.where(shared, rows[role], -1)) for role in models}, words
+
+
+def _line(name, last, field, theirs, ours):
+    return f"  {field}: {name} {theirs!r}, {last} {ours!r}"
+
+
+def _differing(one, other):
+    """[(field, value, value)] of two configs; of two families that alone."""
+    theirs, ours = (_flat_config(registry.config_to_dict(config)) for config in (one, other))
+    fields = ["model_type"] if theirs["model_type"] != ours["model_type"] else sorted(ours.keys() | theirs.keys())
+    return [(field, theirs.get(field), ours.get(field)) for field in fields if theirs.get(field) != ours.get(field)]
 
 
 def _without(tree, axes):

@@ -99,9 +99,9 @@ def gather_grams(params: Params, sample: Sample, *, chunk_size: int = 32) -> dic
     """
 
     _check(sample)
-    axes = _in_axes(sample, params)
+    sites = _sites(sample, params)
     sums = _sum(partial(_own_moments, sample.record, params), sample, chunk_size)
-    return {path: Gram(*sums[path][:2], float(sums[path][2]), axes[path]) for path in axes}
+    return {path: Gram(*sums[path][:2], float(sums[path][2]), site.in_axes) for path, site in sites.items()}
 
 
 def gather_pairs(
@@ -120,17 +120,28 @@ def gather_pairs(
         loss: (params, batch) -> float32[N], hashable; its gradients are met too. The sample may then need labels.
 
     Raises:
-        ConfigError, DataError, NonFiniteError: as `gather_grams`; no matrix in common.
+        ConfigError, DataError, NonFiniteError: as `gather_grams`; no matrix in common, or one that reads other tokens.
     """
 
     _check(sample)
-    axes = _in_axes(sample, first)
-    if not axes.keys() & _in_axes(sample, second).keys():
+    ours, theirs = _sites(sample, first), _sites(sample, second)
+    common = [path for path in ours if path in theirs]
+    if not common:
         raise ConfigError(f"{sample.name}: the two networks have no matrix in common.")
+    for path in common:
+        one, other = ours[path], theirs[path]
+        if one.in_axes != other.in_axes or len(one.inputs) != len(other.inputs):
+            raise ConfigError(
+                f"{sample.name}: of one example {path} reads {len(one.inputs)} rows in one network and "
+                f"{len(other.inputs)} in the other. Both must cut it into the same tokens."
+            )
     sums = _sum(partial(_cross_moments, sample.record, loss, first, second), sample, chunk_size)
     return {
-        path: Meeting(**{side: None if one is None else _pair(one) for side, one in sides.items()}, in_axes=axes[path])
-        for path, sides in ((path, sums[path]) for path in axes if path in sums)
+        path: Meeting(
+            **{side: None if one is None else _pair(one) for side, one in sums[path].items()},
+            in_axes=ours[path].in_axes,
+        )
+        for path in common
     }
 
 
@@ -165,8 +176,6 @@ def _cross_moments(record, loss, first, second, batch):
     found = {}
     for path in [path for path in ours if path in theirs]:
         a, b = ours[path], theirs[path]
-        if a.in_axes != b.in_axes or len(a.inputs) != len(b.inputs):
-            continue
         rows = weigh_rows(a, batch)
         found[path] = {
             "inputs": meet(a.inputs, b.inputs, rows),
@@ -201,11 +210,11 @@ def _check(sample):
         raise DataError(f"{sample.name}: there are no examples.")
 
 
-def _in_axes(sample, params):
-    """Path of every matrix -> the leaf's axes that it sums over, in the order of their use."""
+def _sites(sample, params):
+    """Path of every matrix -> shapes of what it reads and makes of one example, in the order of their use."""
     inputs = inputs_of({name: values[:1] for name, values in sample.batch.items()})
     sites = jax.eval_shape(sample.record, params, inputs).items()
-    return {path: site.in_axes for path, site in sorted(sites, key=lambda item: item[1].order)}
+    return dict(sorted(sites, key=lambda item: item[1].order))
 
 
 def _sum(add, sample, chunk_size):

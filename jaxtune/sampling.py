@@ -103,10 +103,18 @@ def for_sizes(sample: Sample, *configs: Any) -> Sample:
     """The same examples for networks of other sizes too: which config is meant is read off the parameters' shapes.
 
     For transports between networks of different width, which ask both about the same inputs.
+
+    Raises:
+        ConfigError: the sample asks a network in a way of its own, and not as `make_sample` does.
     """
     forward, record = sample.forward, sample.record
+    if not isinstance(forward, Forward) or not isinstance(record, Record | None):
+        raise ConfigError(f"{sample.name}: only samples of `sampling` can be asked of networks of several widths.")
+    others = tuple(configs)
     return replace(
-        sample, forward=replace(forward, others=tuple(configs)), record=replace(record, others=tuple(configs))
+        sample,
+        forward=replace(forward, others=others),
+        record=None if record is None else replace(record, others=others),
     )
 
 

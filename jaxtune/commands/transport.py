@@ -18,9 +18,9 @@ from jaxtune.commands.options import describe_inputs, load_models, parse_options
 from jaxtune.commands.transport_plan import check_symmetry, describe_plan
 from jaxtune.commands.transport_report import make_page, summarise
 from jaxtune.errors import ConfigError, unknown_name
-from jaxtune.loading import check_same_architecture
+from jaxtune.loading import check_same_architecture, network_of, other_widths
 from jaxtune.report.run import Run, describe_host, to_json
-from jaxtune.transport.registry import METHODS
+from jaxtune.transport.registry import METHODS, check_widths
 from jaxtune.tree import flatten, is_float, map_leaves
 
 ROLES = ("source", "finetuned", "target")
@@ -41,7 +41,11 @@ def run(arguments) -> None:
     with work.stage("load"):
         models, adapter = _load(paths, read_config(arguments.config))
         form = _output_form(arguments, adapter, models)
-        config = check_same_architecture(models, roles_with_own_words=("source", "finetuned"))
+        others = other_widths(models)
+        check_widths(arguments.method, others)
+        config = check_same_architecture(
+            models, roles_with_own_words=("source", "finetuned"), roles_with_own_widths=others
+        )
     if arguments.plan:
         check_symmetry(config, arguments.method)
         print(describe_plan(models, arguments.method, config))
@@ -72,7 +76,7 @@ def run(arguments) -> None:
                 **options,
             )
         with work.stage("measure"):
-            measured = _measure(config, models, result.params, data)
+            measured = _measure(models, result.params, data)
         with work.stage("adapter"):
             carried, facts = _make_adapter(arguments, form, adapter, models, result)
         report = {
@@ -174,20 +178,20 @@ def _norms(models, result) -> dict[str, float]:
     return {"norm": moved, "relative_to_target": moved / max(base, np.finfo(np.float64).tiny)}
 
 
-def _measure(config, models, params, data) -> list[dict[str, Any]]:
+def _measure(models, params, data) -> list[dict[str, Any]]:
     """Accuracy of every model involved on the data that was named; none where no data was."""
     if not any(data.values()):
         return []
     rows = []
-    for name, tree in (
-        ("old base", models["source"].params),
-        ("old base, fine-tuned", models["finetuned"].params),
-        ("new base", models["target"].params),
-        ("new base with the fine-tune", params),
+    for name, role, tree in (
+        ("old base", "source", models["source"].params),
+        ("old base, fine-tuned", "finetuned", models["finetuned"].params),
+        ("new base", "target", models["target"].params),
+        ("new base with the fine-tune", "target", params),
     ):
         row = {"model": name}
         for column, key in (("task", "evaluate"), ("support", "support")):
             if data[key]:
-                row[column] = measure_on(config, tree, data[key]).accuracy
+                row[column] = measure_on(network_of(models[role]), tree, data[key]).accuracy
         rows.append(row)
     return rows

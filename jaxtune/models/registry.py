@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtune import tree
 from jaxtune.errors import ConfigError
@@ -224,6 +225,22 @@ def symmetry_of(config: Any, **options: Any) -> Spec:
                 f"{', '.join(known)}. Use a method that does not ask for it, for instance permutation."
             )
     return family.symmetry(config, **options)
+
+
+# Fields of configs that say how wide a network is inside, and factors that are chosen by them.
+WIDTH_FIELDS = frozenset(
+    {
+        *("width", "mlp_width", "head_width", "embed_width", "num_heads", "num_kv_heads"),
+        *("widths", "inner_widths", "stem_width", "width_multiplier", "attention_scale", "embed_scale"),
+    }
+)
+
+
+def is_width(field: str, one: Any, other: Any) -> bool:
+    """Whether two values of a config's field are widths of the same number of layers; of nested ones `a.b`."""
+    if field.rpartition(".")[2] not in WIDTH_FIELDS:
+        return False
+    return np.shape(one) == np.shape(other)
 
 
 def vocabulary_axes(config: Any) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Every transport method by name, with what it needs; one call for all of them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,14 @@ class Method:
         summary: One line for listings.
         data: What it needs beyond weights: "none", "unlabelled inputs" or "labelled examples".
         reference: Where it comes from.
+        widths_may_differ: Whether the target may be wider or narrower than the source.
     """
 
     prepare: Callable[..., Prepared]
     summary: str
     data: str
     reference: str
+    widths_may_differ: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -88,12 +90,14 @@ METHODS: dict[str, Method] = {
         "a rotation for every side of every matrix, from activations on the same inputs; widths may differ",
         "unlabelled inputs",
         "arXiv:2602.12952",
+        widths_may_differ=True,
     ),
     "bico": Method(
         prepare_bico,
         "the same with the outputs' rotations from gradients, with labels or without",
         "unlabelled inputs",
         "arXiv:2605.28444",
+        widths_may_differ=True,
     ),
     "tied": Method(
         prepare_tied,
@@ -137,6 +141,27 @@ METHODS: dict[str, Method] = {
 def without_data() -> tuple[str, ...]:
     """Names of the methods that need nothing beyond weights."""
     return tuple(name for name, method in METHODS.items() if method.data == "none")
+
+
+def check_widths(method: str, others: Mapping[str, Sequence[str]]) -> None:
+    """Checks that a method can carry to a target of another width, where it is of one.
+
+    Args:
+        method: A key of `METHODS`.
+        others: Roles whose networks have other widths than the target -> the widths, a line for each; nothing where all
+            agree.
+
+    Raises:
+        ConfigError: it cannot; names the methods that can.
+    """
+    if others and not METHODS[method].widths_may_differ:
+        able = ", ".join(name for name, one in METHODS.items() if one.widths_may_differ)
+        lines = "\n".join(line for role in others.values() for line in role)
+        raise ConfigError(
+            f"{' and '.join(others)} and the target differ in width:\n{lines}\nTransport method {method!r} carries "
+            f"between networks of one width alone. From unlabelled inputs these carry between widths: {able} (on the "
+            "command line --method theseus --data DATA)."
+        )
 
 
 def prepare_transport(

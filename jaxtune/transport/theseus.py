@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, TreeMismatchError
 from jaxtune.moments import Meeting, Pair, gather_pairs
 from jaxtune.sample import Sample
 from jaxtune.symmetry.spec import Spec
@@ -114,6 +114,7 @@ def prepare_by_maps(
     """
     source, finetuned, target = networks
     check_same({"source": source, "finetuned": finetuned})
+    _check_paths(source, target)
     for name, params in zip(("source", "finetuned", "target"), networks, strict=True):
         check_finite(name, params)
     maps = {}
@@ -125,37 +126,45 @@ def prepare_by_maps(
             for pair, axes in ((inputs, meeting.in_axes), (outputs, ours))
         )
     in_axes = {path: meeting.in_axes for path, meeting in meetings.items()}
-    shapes = {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(target).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(target).items()}
+    kinds = {path: _kind_of(leaf) for path, leaf in flatten(target).items()}
 
     def move(finetuned):
         change = flatten(task_vector(source, finetuned))
-        moved = {path: _move(path, change.get(path), maps, in_axes, shape) for path, (shape, _) in shapes.items()}
+        moved = {path: _move(path, change[path], maps, in_axes, shape) for path, shape in shapes.items()}
         return unflatten(
             {
-                path: np.zeros(shape, np.float32 if is_float(leaf := flatten(target)[path]) else leaf.dtype)
-                if moved[path] is None
-                else moved[path].astype(np.float64 if dtype == np.float64 else np.float32)
-                for path, (shape, dtype) in shapes.items()
+                path: np.zeros(shape, kinds[path]) if moved[path] is None else moved[path].astype(kinds[path])
+                for path, shape in shapes.items()
             }
         )
 
-    carried = [path for path in shapes if _owner_of(path, maps) is not None]
+    left_out = [path for path in shapes if _owner_of(path, maps) is None]
     return Prepared(
         task_vector=move(finetuned),
         spec=spec,
         info={
             "num_examples": num_examples,
             "num_matrices": len(maps),
-            "left_out": [path for path in shapes if path not in carried],
+            "left_out": left_out,
         },
         move=move,
     )
 
 
-def _move(path: str, change: Leaf | None, maps: Maps, in_axes: Mapping[str, tuple[int, ...]], shape) -> Any:
+def _check_paths(source, target):
+    apart = sorted(flatten(source).keys() ^ flatten(target).keys())
+    if apart:
+        raise TreeMismatchError(
+            f"source and target may differ in widths, and not in depth or parts; {len(apart)} leaves are only in one "
+            f"of them: {', '.join(apart[:5])}{', ...' if len(apart) > 5 else ''}."
+        )
+
+
+def _move(path: str, change: Leaf, maps: Maps, in_axes: Mapping[str, tuple[int, ...]], shape) -> Any:
     """The moved change of one leaf in the shape of the target's; None where nothing says how it moves."""
     owner = _owner_of(path, maps)
-    if owner is None or change is None:
+    if owner is None:
         return None
     change = np.asarray(change, np.float64)
     to_inputs, to_outputs = maps[owner]
@@ -166,6 +175,13 @@ def _move(path: str, change: Leaf | None, maps: Maps, in_axes: Mapping[str, tupl
     matrix = change.transpose(order).reshape(len(to_inputs), len(to_outputs))
     moved = (to_inputs.T @ matrix @ to_outputs).reshape([shape[axis] for axis in order])
     return moved.transpose(np.argsort(order))
+
+
+def _kind_of(leaf):
+    """The dtype of what is added to a leaf: float32, or what is wider; of integers their own."""
+    if not is_float(leaf):
+        return leaf.dtype
+    return np.float64 if leaf.dtype == np.float64 else np.float32
 
 
 def _owner_of(path, maps):
