@@ -64,8 +64,11 @@ class Sample:
         Where labels are known every class gives its share, as far as it has two examples.
 
         Raises:
+            ConfigError: the share is not between 0 and 1.
             DataError: one of the two would be empty.
         """
+        if not 0 < fraction < 1:
+            raise ConfigError(f"the share of examples that is kept apart is {fraction}; it must lie between 0 and 1.")
         order = np.random.RandomState(seed).permutation(len(self))  # a stream that NumPy never changes
         if self.is_labelled and self.batch["label"].ndim == 1:
             labels = self.batch["label"][order]

@@ -4,11 +4,13 @@ import jax
 import linear_task as task
 import numpy as np
 import pytest
+from kills import kill_behind
 
 from jaxtune.compose.bang import Smoothed, bang, report_confidence
 from jaxtune.compose.fitting import Recipe, fit, join, split, supervised
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.interpolate.line import interpolate_linear
+from jaxtune.train.checkpoints import StateSeries
 from jaxtune.train.step import mix_images
 
 BASE, SAMPLE, OTHER = (
@@ -55,6 +57,24 @@ def test_the_loss_is_that_of_both_ends_of_each_mixture():
     ]
     value = Smoothed(0.2, 0.7)(task.forward, moving, {}, SAMPLE.batch, key)
     assert value == pytest.approx(float(share) * ends[0] + (1 - float(share)) * ends[1], rel=1e-5)
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtune.compose.fitting.SAVE_EVERY", 4)
+    options = {"mixup": 0.5, "recipe": Recipe(10, 0.1, 20), "reports": [OTHER], "seed": 3}
+    whole = bang(BASE, SAMPLE, **options)
+
+    def run(**others):
+        with StateSeries(tmp_path / "states") as series:
+            return bang(BASE, SAMPLE, series=series, **options | others), series.latest_step
+
+    kill_behind(1, run)
+    found, step = run()
+    assert step == 10
+    jax.tree.map(np.testing.assert_array_equal, (whole.params, whole.coefficients), (found.params, found.coefficients))
+    assert whole.info == found.info
+    with pytest.raises(ConfigError, match="the saved states are of a run with seed 3; this one has seed 4"):
+        run(seed=4)
 
 
 def test_refusals():

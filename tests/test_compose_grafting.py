@@ -4,6 +4,7 @@ import jax
 import linear_task as task
 import numpy as np
 import pytest
+from kills import kill_behind
 
 from jaxtune.compose.grafting import SHIFT, apply_masks, graft, mask_loss
 from jaxtune.compose.masks import count_true, largest, overlaps
@@ -123,19 +124,50 @@ def test_grafts_of_tasks_add_up():
     jax.tree.map(np.testing.assert_array_equal, apply_masks(BASE, [BASE], [both.coefficients[0]]), BASE)
 
 
-def test_by_its_name_and_from_kept_states(tmp_path):
+def test_a_search_that_was_killed_ends_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtune.compose.fitting.SAVE_EVERY", 5)
     options = {"share": 0.3, "num_passes": 3, "seed": 2}
-    whole = graft(BASE, [TRUTH], [SAMPLE], **options)
-    for _ in range(2):  # the second time the search is found finished
-        with StateSeries(tmp_path / "states") as series:
-            found = compose("learned_graft", BASE, [TRUTH], SAMPLE, states=[series], **options)
-        jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
-        assert found.info == whole.info
+    models, samples = [TRUTH, task.draw_params(seed=7)], [SAMPLE, SAMPLE]
+    whole = graft(BASE, models, samples, **options)
+
+    def run():
+        with StateSeries(tmp_path / "0") as first, StateSeries(tmp_path / "1") as second:
+            found = compose("learned_graft", BASE, models, samples, states=[first, second], **options)
+            return found, (first.latest_step, second.latest_step)
+
+    kill_behind(2, run)  # within the first search
+    kill_behind(2, run)  # which goes on to its end, and the second has begun
+    found, steps = run()
+    assert steps == (12, 12)
+    jax.tree.map(np.testing.assert_array_equal, (found.params, found.coefficients), (whole.params, whole.coefficients))
+    assert found.info == whole.info
+    again, _ = run()  # both are found finished
+    assert again.info == whole.info
+    options["learning_rate"] = 2.0
+    with pytest.raises(ConfigError, match=r"states are of a run with learning_rate 1\.0; this one has .*2\.0"):
+        run()
+
+
+def test_without_validation_all_examples_do_both():
+    found = graft(BASE, [TRUTH], [SAMPLE], share=0.3, num_passes=2, validation=0)
+    oracle = float((task.forward(found.params, SAMPLE.batch).argmax(-1) == SAMPLE.batch["label"]).mean())
+    assert found.info["tasks"][0]["graft"]["accuracy"] == pytest.approx(oracle)
+    assert len(found.info["tasks"][0]["loss"]) == 2 * (200 // 32)
 
 
 def test_refusals():
     with pytest.raises(ConfigError, match=r"share 1\.5 must lie in \[0, 1\]"):
         graft(BASE, [TRUTH], [SAMPLE], share=1.5)
+    with pytest.raises(ConfigError, match=r"penalty -1 must not be negative"):
+        graft(BASE, [TRUTH], [SAMPLE], penalty=-1)
+    with pytest.raises(ConfigError, match="batch_size is 0; it must be at least 1"):
+        graft(BASE, [TRUTH], [SAMPLE], batch_size=0)
+    with pytest.raises(ConfigError, match="learning_rate -1; all must be positive"):
+        graft(BASE, [TRUTH], [SAMPLE], learning_rate=-1)
+    with pytest.raises(ConfigError, match=r"exclude='\(' is no regular expression: missing \)"):
+        graft(BASE, [TRUTH], [SAMPLE], exclude="(")
+    with pytest.raises(ConfigError, match="1 models, and series of states for 0"):
+        graft(BASE, [TRUTH], [SAMPLE], states=[])
     with pytest.raises(ConfigError, match="leave no leaf to learn a mask for"):
         graft(BASE, [TRUTH], [SAMPLE], exclude=".*")
     with pytest.raises(DataError, match="planes: the examples have no labels"):

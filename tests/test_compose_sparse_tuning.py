@@ -1,10 +1,13 @@
 """Lottery-ticket fine-tuning: two phases by hand, what stays still, deltas that add up, files, and refusals."""
 
+import contextlib
+
 import jax
 import linear_task as task
 import ml_dtypes
 import numpy as np
 import pytest
+from kills import kill_behind
 
 from jaxtune.checkpoint.safetensors import make_header
 from jaxtune.checkpoint.sparse_delta import (
@@ -140,14 +143,23 @@ def test_damaged_files_are_refused(tmp_path, change, message):
         read_sparse_delta(tmp_path / "x.safetensors")
 
 
-def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path):
-    options = {"density": 0.4, "full": Recipe(6, 0.1, 16), "sparse": Recipe(8, 0.1, 16)}
+def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtune.compose.fitting.SAVE_EVERY", 4)
+    options = {"density": 0.4, "num_rounds": 2, "full": Recipe(6, 0.1, 16), "sparse": Recipe(7, 0.1, 16)}
     whole = tune_sparse(BASE, SAMPLE, **options)
-    for _ in range(2):  # the second time every phase is found finished
-        with StateSeries(tmp_path / "full") as first, StateSeries(tmp_path / "sparse") as second:
-            found = tune_sparse(BASE, SAMPLE, series=(first, second), **options)
-        jax.tree.map(np.testing.assert_array_equal, whole.params, found.params)
-        assert found.info == whole.info
+
+    def run():
+        with contextlib.ExitStack() as stack:
+            series = [stack.enter_context(StateSeries(tmp_path / str(n))) for n in range(4)]
+            return tune_sparse(BASE, SAMPLE, series=series, **options), [one.latest_step for one in series]
+
+    kill_behind(1, run)  # within the first full phase
+    kill_behind(2, run)  # within the first sparse one
+    kill_behind(4, run)  # within the sparse phase of the second round
+    found, steps = run()
+    assert steps == [6, 7, 6, 7]
+    jax.tree.map(np.testing.assert_array_equal, whole.params, found.params)
+    assert found.info == whole.info
 
 
 def test_refusals():
@@ -155,6 +167,8 @@ def test_refusals():
         tune_sparse(BASE, SAMPLE, density=0)
     with pytest.raises(ConfigError, match=r"density 0\.01 of 15 entries is 0, fewer than one"):
         tune_sparse(BASE, SAMPLE, density=0.01)
+    with pytest.raises(ConfigError, match=r"whole='\[' is no regular expression"):
+        tune_sparse(BASE, SAMPLE, whole="[")
     with pytest.raises(DataError, match="planes: sparse fine-tuning needs labelled"):
         tune_sparse(BASE, SAMPLE.without_labels())
     dead = task.draw_sample(40)

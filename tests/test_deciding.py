@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from kills import kill_behind
 
 import jaxtune as jt
 from jaxtune import checkpoint
@@ -342,6 +343,21 @@ def test_a_search_that_was_killed_while_it_learned_goes_on(case, tmp_path, monke
     assert resumed["data"] == whole["data"]
 
 
+def test_a_graft_that_was_killed_in_its_second_search_goes_on(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtune.compose.fitting.SAVE_EVERY", 2)
+    recipe = write_recipe(case, "learned_graft", {"num_passes": 3, "share": 0.2})
+    whole = merge_recipe(recipe, tmp_path / "whole")
+    kill_behind(3, lambda: merge_recipe(recipe, tmp_path / "out"))  # three steps a model, two saves
+    from jaxtune.compose import fitting
+
+    real, steps = fitting._update, []
+    monkeypatch.setattr(fitting, "_update", lambda *arguments: steps.append(1) or real(*arguments))
+    resumed = merge_recipe(recipe, tmp_path / "out")
+    assert len(steps) == 1
+    assert resumed["output"] == whole["output"]
+    assert resumed["data"] == whole["data"]
+
+
 def test_refusals_name_the_line_and_the_key(case, tmp_path):
     folder, _ = case
 
@@ -350,7 +366,8 @@ def test_refusals_name_the_line_and_the_key(case, tmp_path):
         with pytest.raises(ConfigError, match=match):
             merge_recipe(path, tmp_path / "out")
 
-    place = r"ada_merging\.yml, line \d+, column \d+: "
+    place = r"\w+\.yml, line \d+, column \d+: "
+    alone = {"names": "a", "sources": {str(folder / "a"): "a.npz"}}
     refuse(place + r"data\.sources: no examples of .*/b\.", sources={str(folder / "a"): "a.npz"})
     refuse(place + r"parameters\.num_step: unknown parameter 'num_step' of ada_merging\. Did you mean 'num_steps'",
            parameters={"num_step": 3})  # fmt: skip
@@ -361,7 +378,23 @@ def test_refusals_name_the_line_and_the_key(case, tmp_path):
     refuse("ada_merging needs base_model", "ada_merging", base=None)
     refuse("nothing to decide: linear learns nothing from examples", "linear", base=None)
     refuse(r"data\.validation: expected a share", validation=1)
-    refuse("to be at least|at least 1 example", samples=0)
+    refuse("at least 1 example", samples=0)
+    refuse(r"data\.seed: expected a seed of at least 0 and below 4294967296, found 4294967296", seed=2**32)
+    refuse(place + r"parameters\.start: .*one value for the whole model here, and no gradient",
+           parameters={"start": [0.1, 0.4]})  # fmt: skip
+    refuse(place + r"parameters\.start: .*one value for the whole model here, and no filters",
+           parameters={"start": [{"filter": "dense", "value": 0.1}, {"value": 0.3}]})  # fmt: skip
+    refuse(place + r"parameters\.ridge: .*no gradient", "regmean", {"ridge": [1e-3, 1e-2]}, base=None)
+    refuse(place + r"parameters\.floor: .*no gradient", "fisher", {"floor": [1e-3, 1e-2]}, base=None)
+    refuse(place + r"parameters\.k: expected a whole number, found 'two'", "best_k_soup", {"k": "two"},
+           sources=str(folder / "a.npz"))  # fmt: skip
+    refuse(place + r"parameters\.points: expected a list of numbers, found 0\.5", "mergetune", {"points": 0.5}, **alone)
+    refuse(r"unknown parameter 'fisher' of mergetune", "mergetune", {"fisher": "f.safetensors"}, **alone)
+    refuse("score_every is -3; it must be at least 1", parameters={"score_every": -3})
+    refuse("share of examples that is kept apart is 1.5", parameters={"validation": 1.5})
+    refuse("batch_size is 0; it must be at least 1", "atlas", {"batch_size": 0})
+    refuse("takes two models: of the task to lose, and a control", "atlas_negation", **alone)
+    refuse("arcee_fusion learns nothing from examples, and has no options", "arcee_fusion", **alone)
     refuse("is learned and has no values to search", search={"lambda": [1]})
     refuse(r"data\.search\.lamda: unknown option 'lamda' of ties. Did you mean 'lambda'", "ties", search={"lamda": [1]})
     with pytest.raises(ConfigError, match="ada_merging is learned from examples: write data"):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kills import kill_behind
 
 from jaxtune.errors import ConfigError, DataError, UnknownNameError
 from jaxtune.evaluate.proxy import with_proxy
@@ -14,6 +15,7 @@ from jaxtune.gradients import predict
 from jaxtune.sample import Sample
 from jaxtune.teach.accepted import accept_inputs
 from jaxtune.teach.on_policy import ForwardLoss, ReverseLoss, continue_texts, distill_on_policy
+from jaxtune.train.checkpoints import StateSeries
 
 VOCABULARY, LENGTH = 7, 6
 KEY = jax.random.key(0)
@@ -90,6 +92,26 @@ def test_the_student_comes_to_write_as_the_teacher(direction, prompts):
     again = distill_on_policy(prompts, teacher, student, key=KEY, **how)
     jax.tree.map(np.testing.assert_array_equal, found.params, again.params)
     assert again.info == found.info
+
+
+def test_a_killed_student_goes_on_bit_for_bit(prompts, tmp_path):
+    how = {"key": KEY, "prompt_length": 2, "num_rounds": 4, "steps_per_round": 10, "learning_rate": 0.03}
+    teacher, student = draw_params(1), draw_params(2, 0.3)
+    whole = distill_on_policy(prompts, teacher, student, **how)
+
+    def run(**others):
+        with StateSeries(tmp_path / "states") as series:
+            first = series.latest_step
+            return distill_on_policy(prompts, teacher, student, series=series, **how | others), first
+
+    kill_behind(1, run)
+    kill_behind(2, run)
+    found, first = run()
+    assert first == 3
+    jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
+    assert found.info == whole.info
+    with pytest.raises(ConfigError, match=r"of a run with temperature 1\.0; this one has temperature 0\.5"):
+        run(temperature=0.5)
 
 
 def test_what_cannot_be_written_is_refused(prompts):

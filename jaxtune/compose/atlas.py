@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.compose import objectives
-from jaxtune.compose.composition import Composition, check_models, check_samples
+from jaxtune.compose.composition import Composition, check_counts, check_models, check_samples
 from jaxtune.compose.partition import BuildPartition, draw_parts
 from jaxtune.compose.running import learn_composition, match_experts, split_samples
 from jaxtune.compose.scoring import score_all
@@ -70,6 +70,7 @@ def atlas(
     """
     check_models(base, finetuned)
     check_samples(finetuned, samples, is_labelled=True)
+    check_counts(num_epochs=num_epochs, batch_size=batch_size)
     learned_on, held = split_samples(samples, validation, seed)
     size = max(1, batch_size // len(samples))
     per_epoch = max(-(-len(sample) // size) for sample in learned_on)
@@ -122,6 +123,7 @@ def atlas_negation(
     if len(samples) != 2:
         raise ConfigError(f"negation takes two samples, the task to lose and a control; got {len(samples)}.")
     check_samples(samples, samples, is_labelled=True)
+    check_counts(num_epochs=num_epochs, batch_size=batch_size)
     learned_on, held = split_samples(samples, validation, seed)
     known = score_all(widen(base), held)[1]["accuracy"]
     if known == 0:
@@ -255,6 +257,7 @@ def _adapt(base, finetuned, sample, objective, validation, batch_size, num_epoch
 
 
 def _run(base, learned_on, held, objective, batch_size, num_epochs, blocks, **how):
+    check_counts(num_epochs=num_epochs, batch_size=batch_size)
     per_epoch = max(MIN_BATCHES, -(-len(learned_on) // batch_size))
     return learn_composition(
         base, *blocks, [learned_on], held, objective=objective, num_steps=num_epochs * per_epoch, schedule="cosine",

@@ -42,6 +42,17 @@ def check_models(base: Params, finetuned: Sequence[Params]) -> None:
         check_finite(name, params)
 
 
+def check_counts(**numbers: int) -> None:
+    """Checks numbers of examples, passes and the like.
+
+    Raises:
+        ConfigError: one below 1; names it.
+    """
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConfigError(f"{name} is {number}; it must be at least 1.")
+
+
 def check_samples(finetuned: Sequence[Params], samples: Sequence[Sample], *, is_labelled: bool = False) -> None:
     """Checks that every model has examples of its own.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxtune.errors import ConfigError
+from jaxtune.compose.composition import check_counts
 from jaxtune.gradients import LabelLoss, check_sample
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample
@@ -53,8 +53,7 @@ def tune_few(
         DataError: no examples, no labels, or labels that are no classes.
         NonFiniteError: `start` holds NaN, or what was learned does.
     """
-    if num_epochs < 1 or min_steps < 1:
-        raise ConfigError(f"num_epochs is {num_epochs} and min_steps {min_steps}; both must be at least 1.")
+    check_counts(num_epochs=num_epochs, min_steps=min_steps, batch_size=batch_size)
     key = jax.random.key(0) if key is None else key
     check_finite("start", start)
     for one in (sample, validation):

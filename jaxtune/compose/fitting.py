@@ -6,7 +6,7 @@ started again gives the bits of one that was not.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxtune.rng import named_key
 from jaxtune.sample import Sample, example_losses, weighted_mean
 from jaxtune.train.checkpoints import StateSeries
 from jaxtune.train.optimizer import make_optimizer, make_schedule
+from jaxtune.train.same_run import check_settings
 from jaxtune.tree import flatten, is_float, unflatten
 from jaxtune.types import Params
 
@@ -53,8 +54,11 @@ class Recipe:
     num_warmup_steps: int = 0
 
     def __post_init__(self):
-        if self.num_steps < 1 or self.batch_size < 1:
-            raise ConfigError(f"num_steps is {self.num_steps}, batch_size {self.batch_size}; both must be at least 1.")
+        if self.num_steps < 1 or self.batch_size < 1 or not self.learning_rate > 0:
+            raise ConfigError(
+                f"num_steps is {self.num_steps}, batch_size {self.batch_size}, learning_rate {self.learning_rate}; "
+                "all must be positive."
+            )
 
 
 @partial(
@@ -125,12 +129,14 @@ def fit(
 
     Raises:
         DataError: the sample is empty.
-        ConfigError: a number out of range.
+        ConfigError: a number out of range, or the series belongs to a run with other numbers.
         NonFiniteError: the loss is NaN or infinite.
-        CheckpointError: `series` belongs to another run.
+        CheckpointError: `series` belongs to another model or optimiser.
     """
     if not len(sample):
         raise DataError(f"{sample.name}: there are no examples.")
+    if score_every is not None and score_every < 1:
+        raise ConfigError(f"score_every is {score_every}; it must be at least 1.")
     optimizer, size = _optimizer(recipe), min(recipe.batch_size, len(sample))
     every = (score_every or len(sample) // size) if score is not None else recipe.num_steps + 1
     numbers, fixed = jax.tree.map(jnp.asarray, (start, fixed))
@@ -139,8 +145,10 @@ def fit(
         jnp.full(recipe.num_steps, jnp.nan), jnp.full(1 + recipe.num_steps // every, jnp.nan),
         numbers, jnp.asarray(0, jnp.int32),
     )  # fmt: skip
+    settings = {**asdict(recipe), "score_every": every, "seed": seed, "num_examples": len(sample)}
     if series is not None and series.latest_step is not None:
-        state, _ = series.restore(state)
+        state, saved = series.restore(state)
+        check_settings(settings, saved)
     step, best, best_step = int(state.step), state.best, int(state.best_step)
     losses, scores = np.array(state.losses), np.array(state.scores)
     numbers, opt_state = state.numbers, state.opt_state
@@ -161,11 +169,11 @@ def fit(
         step += 1
         if score is not None and step % every == 0:
             scores[step // every] = score(numbers)
-            if scores[step // every] > scores[: step // every].max():
+            if scores[step // every] > np.nanmax(scores[: step // every], initial=-np.inf):
                 best, best_step = numbers, step
         if series is not None and (step % SAVE_EVERY == 0 or step == recipe.num_steps):
             kept = FitState(numbers, opt_state, np.int32(step), losses, scores, best, np.int32(best_step))
-            series.save(jax.tree.map(jnp.asarray, kept), {})
+            series.save(jax.tree.map(jnp.asarray, kept), settings)
     chosen = (best, best_step) if score is not None else (numbers, step)
     return Fitted(chosen[0], losses.tolist(), scores[np.isfinite(scores)].tolist(), chosen[1])
 

@@ -1,7 +1,6 @@
 """Grafting: the few coordinates of a fine-tune that carry its skill, found by gradients and put onto the base."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.compose.composition import Composition, check_models, check_samples
+from jaxtune.compose.composition import Composition, check_counts, check_models, check_samples
 from jaxtune.compose.fitting import Recipe, fit, join, narrow, split
 from jaxtune.compose.lines import measure
-from jaxtune.compose.masks import count_true, largest, overlaps
+from jaxtune.compose.masks import count_true, largest, matching, overlaps
 from jaxtune.errors import ConfigError
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample, example_losses, weighted_mean
@@ -58,7 +57,7 @@ def graft(
             of; False takes all above one half, a mask that grows as long as the loss falls.
         penalty: Factor of the share that is kept, in the loss: above 0, masks become smaller.
         validation: Share of each sample that chooses: after each pass the mask is rounded and looked at on it, and the
-            best one is kept, the start among them.
+            best one is kept, the start among them. 0 learns and chooses on all.
         weight: w.
         exclude: Leaves (a regular expression of whole paths) that keep the base.
         whole: Leaves that take the fine-tune whole, for instance a new head.
@@ -83,10 +82,11 @@ def graft(
     """
     check_models(base, finetuned)
     check_samples(finetuned, samples, is_labelled=True)
-    if not 0 <= share <= 1 or num_passes < 1 or penalty < 0:
-        raise ConfigError(
-            f"share {share} must lie in [0, 1], num_passes {num_passes} be at least 1, penalty {penalty} 0."
-        )
+    check_counts(num_passes=num_passes, batch_size=batch_size)
+    if not 0 <= share <= 1 or penalty < 0:
+        raise ConfigError(f"share {share} must lie in [0, 1], penalty {penalty} must not be negative.")
+    if states is not None and len(states) != len(finetuned):
+        raise ConfigError(f"{len(finetuned)} models, and series of states for {len(states)}: one for each is needed.")
     masks, tasks = [], []
     for n, (model, sample) in enumerate(zip(finetuned, samples, strict=True)):
         series = None if states is None else states[n]
@@ -128,10 +128,10 @@ def _learn(
     exclude, whole, seed, series,
 ):  # fmt: skip
     """({path: bool}, report) of one task."""
-    learned_on, held = sample.split(validation, seed=seed)
+    learned_on, held = sample.split(validation, seed=seed) if validation else (sample, sample)
     moving, still = split(base, sample)
-    taken = [path for path in moving if whole and re.fullmatch(whole, path)]
-    left = [path for path in moving if exclude and re.fullmatch(exclude, path) and path not in taken]
+    taken = matching(moving, whole, "whole")
+    left = [path for path in matching(moving, exclude, "exclude") if path not in taken]
     scope = [path for path in moving if path not in taken and path not in left]
     if not scope:
         raise ConfigError(f"exclude={exclude!r} and whole={whole!r} leave no leaf to learn a mask for.")

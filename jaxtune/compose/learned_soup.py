@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.compose.composition import Composition, check_models, check_samples
+from jaxtune.compose.composition import Composition, check_counts, check_models, check_samples
 from jaxtune.compose.learning import learn, realise
 from jaxtune.compose.objectives import cross_entropy
 from jaxtune.compose.scoring import score as score_one
@@ -72,8 +72,9 @@ def learned_soup(
     """
     if per not in PER:
         raise unknown_name("value of per", per, PER)
-    if epochs < 1 or not 0 <= validation < 1:
-        raise ConfigError(f"epochs is {epochs} and validation {validation}; at least 1, and within [0, 1).")
+    check_counts(epochs=epochs, batch_size=batch_size)
+    if not 0 <= validation < 1:
+        raise ConfigError(f"validation is {validation}; it must be at least 0 and below 1.")
     check_models(base, finetuned)
     if len(samples) != 1:
         raise DataError(f"a soup is of models of one task and takes one sample, got {len(samples)}.")

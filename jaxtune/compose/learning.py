@@ -20,6 +20,7 @@ from jaxtune.errors import ConfigError, NonFiniteError
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import check_settings
 from jaxtune.tree import flatten, is_float, unflatten
 from jaxtune.types import Params
 
@@ -117,9 +118,11 @@ def learn(
             interrupted.
 
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: a number out of range, or the series belongs to a run with other numbers.
         NonFiniteError: the loss is NaN or infinite.
     """
+    if score_every is not None and score_every < 1:
+        raise ConfigError(f"score_every is {score_every}; it must be at least 1.")
     if num_steps < 1 or batch_size < 1 or not learning_rate > 0:
         raise ConfigError(
             f"num_steps is {num_steps}, batch_size {batch_size}, learning_rate {learning_rate}; all must be positive."
@@ -137,8 +140,14 @@ def learn(
         best=numbers, best_own=own, best_score=np.asarray(-np.inf, np.float32),
     )  # fmt: skip
     state = jax.tree.map(jnp.asarray, state)
+    settings = {
+        "num_steps": num_steps, "learning_rate": float(learning_rate), "weight_decay": float(weight_decay),
+        "clip_norm": clip_norm, "schedule": schedule, "batch_size": batch_size, "score_every": score_every,
+        "task_weights": [float(w) for w in weights], "seed": seed, "num_examples": [len(sample) for sample in samples],
+    }  # fmt: skip
     if series is not None and series.latest_step is not None:
-        state, _ = series.restore(state)
+        state, saved = series.restore(state)
+        check_settings(settings, saved)
     losses, scores = np.array(state.losses), np.array(state.scores)
     numbers, own, opt_state = state.numbers, state.own, state.opt_state
     best, best_own, best_score = state.best, state.best_own, float(state.best_score)
@@ -181,7 +190,7 @@ def learn(
                 numbers, own, opt_state, np.int32(num_steps if is_over else step), losses, scores, best, best_own,
                 np.float32(best_score),
             )  # fmt: skip
-            series.save(jax.tree.map(jnp.asarray, state), {})
+            series.save(jax.tree.map(jnp.asarray, state), settings)
     done = int(np.isfinite(losses[:, 0]).sum())
     chosen = done
     if score is not None:

@@ -1,8 +1,29 @@
 """Which coordinates of a tree count most, and how much two choices of them have in common."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+
+from jaxtune.errors import ConfigError
+
+
+def matching(paths: Iterable[str], pattern: str | None, option: str) -> list[str]:
+    """Paths that a regular expression fits as a whole; none where there is no expression.
+
+    Args:
+        option: What errors call the expression.
+
+    Raises:
+        ConfigError: it is no regular expression.
+    """
+    if pattern is None:
+        return []
+    try:
+        fits = re.compile(pattern).fullmatch
+    except re.error as error:
+        raise ConfigError(f"{option}={pattern!r} is no regular expression: {error}.") from error
+    return [path for path in paths if fits(path)]
 
 
 def largest(values: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.compose import objectives
-from jaxtune.compose.composition import Composition, check_models, check_samples
+from jaxtune.compose.composition import Composition, check_counts, check_models, check_samples
 from jaxtune.compose.running import learn_composition, split_samples
 from jaxtune.compose.scoring import mean_score, score_all
 from jaxtune.compose.vectors import stack_vectors
@@ -73,6 +73,7 @@ def sca_learn(
     check_samples(samples, samples, is_labelled=True)
     if not samples:
         raise ConfigError("there is no sample of the target task.")
+    check_counts(num_epochs=num_epochs, batch_size=batch_size)
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout is {dropout}; it must be at least 0 and below 1.")
     learned_on, held = split_samples(samples, validation, seed)

@@ -1,7 +1,6 @@
 """Sparse fine-tuning by lottery tickets: a full fine-tune says which entries matter, then those alone are trained."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.checkpoint.sparse_delta import SparseDelta, make_sparse_delta
+from jaxtune.compose.composition import check_counts
 from jaxtune.compose.fitting import Recipe, check_labelled, fit, join, narrow, split
-from jaxtune.compose.masks import largest
+from jaxtune.compose.masks import largest, matching
 from jaxtune.errors import ConfigError
 from jaxtune.sample import Sample, example_losses, weighted_mean
 from jaxtune.train.checkpoints import StateSeries
@@ -75,15 +75,17 @@ def tune_sparse(
     """
     check_labelled(sample, "sparse fine-tuning")
     check_finite("base", base)
-    if not 0 < density <= 1 or num_rounds < 1 or l1 < 0:
-        raise ConfigError(f"density {density} must lie in (0, 1], num_rounds {num_rounds} be at least 1, l1 {l1} 0.")
+    check_counts(num_rounds=num_rounds)
+    if not 0 < density <= 1 or l1 < 0:
+        raise ConfigError(f"density {density} must lie in (0, 1], l1 {l1} must not be negative.")
     if series is not None and len(series) != 2 * num_rounds:
         raise ConfigError(f"{num_rounds} rounds have {2 * num_rounds} phases, got series for {len(series)}.")
     recipes = full or Recipe(), sparse or Recipe()
     moving, still = split(base, sample)
     moving = {path: np.asarray(leaf) for path, leaf in moving.items()}
-    kept_whole = [path for path in moving if whole and re.fullmatch(whole, path)]
-    scope = [path for path in moving if path not in kept_whole and not (fixed and re.fullmatch(fixed, path))]
+    kept_whole = matching(moving, whole, "whole")
+    apart = {*kept_whole, *matching(moving, fixed, "fixed")}
+    scope = [path for path in moving if path not in apart]
     size = sum(moving[path].size for path in scope)
     count = math.floor(density * size + 1e-9)
     if count < num_rounds:

@@ -19,7 +19,7 @@ from jaxtune.merge.arrays import merge_trees
 from jaxtune.merge.registry import METHODS
 from jaxtune.moments import gather_grams
 from jaxtune.recipes.options import option_kinds
-from jaxtune.recipes.parameters import evaluate
+from jaxtune.recipes.parameters import evaluate_once
 from jaxtune.recipes.schema import Recipe
 from jaxtune.sample import Sample
 from jaxtune.types import Params
@@ -58,9 +58,10 @@ def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[
     search = dict(data.search)
     if not search and needed is None:
         if "lambda" not in method.options:
+            way = f"Write search: {{OPTION: [...]}} with one of its options: {', '.join(method.options)}."
             raise data.node.error(
-                f"nothing to decide: {recipe.merge_method} learns nothing from examples. Write search: "
-                f"{{OPTION: [...]}} with one of its options: {', '.join(method.options)}.",
+                f"nothing to decide: {recipe.merge_method} learns nothing from examples"
+                + (f". {way}" if method.options else ", and has no options to choose among: take 'data' out."),
                 at_key=True,
             )
         search = {"lambda": tuple(round(0.1 * n, 1) for n in range(1, 16))}
@@ -99,10 +100,10 @@ def _merge_ours(models: TaskModels, with_data, work: Path) -> Recipe:
         given = [entry.parameters.get(name, recipe.parameters.get(name)) for entry in recipe.models]
         kind = option_kinds(method)[name]
         if name in method.per_model:
-            values = [None if one is None else evaluate(one.conditions[0], 0.0, kind) for one in given]
+            values = [None if one is None else evaluate_once(one, kind, recipe.merge_method) for one in given]
             options[name] = [method.options[name] if one is None else one for one in values]
         elif name in recipe.parameters:
-            options[name] = evaluate(recipe.parameters[name].conditions[0], 0.0, kind)
+            options[name] = evaluate_once(recipe.parameters[name], kind, recipe.merge_method)
     extras = [checkpoint.load(entry["data"], config={}).params for entry in with_data]
     merged = merge_trees(method, [one.params for one in models.finetuned], extras=extras, seed=recipe.seed, **options)
     return as_it_is(recipe, merged, models.like, work)
@@ -120,7 +121,7 @@ def _weigh_fishers(
     """λ of every model, chosen by examples among `compose.fisher.draw_coefficients`; and what each candidate scored."""
     recipe, kinds = models.recipe, option_kinds(METHODS["fisher"])
     options = {
-        name: evaluate(recipe.parameters[name].conditions[0], 0.0, kinds[name])
+        name: evaluate_once(recipe.parameters[name], kinds[name], recipe.merge_method)
         for name in ("normalize", "floor", "favor_target")
         if name in recipe.parameters
     }

@@ -2,18 +2,20 @@
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxtune.compose.registry import METHODS, compose
+from jaxtune.compose.registry import HIDDEN, METHODS, compose
 from jaxtune.deciding.task_models import TaskModels
 from jaxtune.deciding.variants import as_it_is, bare_entries, change, mean, task_arithmetic
 from jaxtune.errors import UnknownNameError
 from jaxtune.recipes.nodes import did_you_mean
-from jaxtune.recipes.parameters import evaluate
+from jaxtune.recipes.parameters import evaluate_once
 from jaxtune.recipes.schema import Recipe
 from jaxtune.train.checkpoints import StateSeries
 
@@ -25,6 +27,7 @@ FEW = {
     "atlas": {"start": 0.3, "learning_rate": 1e-2, "num_epochs": 60},
     "sca_learn": {"mean": 0.3, "num_epochs": 20},
 }
+KINDS = {bool: "bool", int: "int", float: "float", str: "str", Sequence[float]: "numbers"}  # what a recipe can say
 SOUPS = ("best_k_soup", "greedy_soup", "learned_soup")  # of models of one task; they need no base
 
 
@@ -41,6 +44,8 @@ def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[s
         raise data.node.get("sources").error(f"{recipe.merge_method} takes a source for each model: {{MODEL: PATH}}.")
     if recipe.preset not in (None, "paper"):
         raise recipe.error_at("preset", f"{recipe.merge_method} has no preset {recipe.preset!r}. Known: paper.")
+    if method.samples == "target and control" and len(models.finetuned) != 2:
+        raise recipe.error_at("models", f"{recipe.merge_method} takes two models: of the task to lose, and a control.")
     few = FEW.get(recipe.merge_method, {}) if recipe.preset is None else {}
     options = few | _options(recipe, method)
     if "validation" in method.options:
@@ -50,13 +55,16 @@ def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[s
         options["groups"] = groups
     trees = [model.params for model in models.finetuned]
     with contextlib.ExitStack() as stack:
-        if "series" in inspect.signature(method.run).parameters:
+        takes = inspect.signature(method.run).parameters
+        if "series" in takes:
             options["series"] = stack.enter_context(StateSeries(work / "states"))
+        elif "states" in takes:  # a search for each model
+            options["states"] = [stack.enter_context(StateSeries(work / f"states-{n}")) for n in range(len(trees))]
         try:
             found = compose(recipe.merge_method, models.like.params, trees, models.samples, seed=data.seed, **options)
         except UnknownNameError as error:
             raise recipe.error_at("parameters", str(error)) from error
-    options.pop("series", None)
+    options = {name: value for name, value in options.items() if name not in HIDDEN}
     share = options.get("validation", 0.0)
     held = [sample.split(share, seed=data.seed)[1] if share else sample for sample in models.samples]
     facts = {"held": held, "options": {k: v for k, v in options.items() if k != "groups"}}
@@ -96,15 +104,19 @@ def _options(recipe, method) -> dict[str, Any]:
     for entry in recipe.models:
         for setting in entry.parameters.values():
             raise setting.node.error(f"{recipe.merge_method} learns what each model has: take this out.", at_key=True)
-    options = {}
+    parameters, options = inspect.signature(method.run).parameters, {}
+    known = {name: _kind_of(parameters[name].annotation) for name in method.options if name != "seed"}
+    known = {name: kind for name, kind in known.items() if kind is not None}
     for name, setting in recipe.parameters.items():
-        known = {option: default for option, default in method.options.items() if option not in ("seed", "groups")}
         if name not in known:
             words = f"unknown parameter {name!r} of {recipe.merge_method}.{did_you_mean(name, known)}"
             raise setting.node.error(words, at_key=True)
-        kind = {bool: "bool", int: "int", float: "float", str: "str"}.get(type(known[name]))
-        if kind is None:
-            options[name] = setting.node.plain
-            continue
-        options[name] = evaluate(setting.conditions[0], 0.0, kind)
+        options[name] = evaluate_once(setting, known[name], recipe.merge_method)
     return options
+
+
+def _kind_of(annotation):
+    """What a recipe may write for an option; None where trees, functions or tables are wanted."""
+    several = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    members = typing.get_args(annotation) if several else (annotation,)
+    return next((kind for member, kind in KINDS.items() if member in members), None)

@@ -28,6 +28,7 @@ LEARNED = (
     "sca_learn",
 )
 MAX_CANDIDATES = 4096
+MAX_SEED = 2**32  # of NumPy's frozen stream
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def parse_data(node: Node, method: str, models: Sequence[Any] | None) -> DataBlo
     samples, seed, validation = (node.get(key) for key in ("samples", "seed", "validation"))
     if samples is not None and samples.expect(int, "a number of examples") < 1:
         raise samples.error(f"expected at least 1 example, found {samples.value}.")
-    if seed is not None and seed.expect(int, "a whole number") < 0:
-        raise seed.error(f"expected a seed of at least 0, found {seed.value}.")
+    if seed is not None and not 0 <= seed.expect(int, "a whole number") < MAX_SEED:
+        raise seed.error(f"expected a seed of at least 0 and below {MAX_SEED}, found {seed.value}.")
     if validation is not None and not 0 <= validation.expect((int, float), "a share") < 1:
         raise validation.error(f"expected a share of at least 0 and below 1, found {validation.value}.")
     if node.get("sources") is None:

@@ -122,6 +122,28 @@ def evaluate(condition: Condition, t: float, kind: str) -> Any:
     return round(between) if kind == "int" else between
 
 
+def evaluate_once(setting: Setting, kind: str, method: str) -> Any:
+    """The value of a parameter that is one for the whole model.
+
+    Args:
+        kind: As `convert`, or "numbers": a list of them.
+        method: What errors call the method.
+
+    Raises:
+        RecipeError: a value of another kind; a gradient or filters, which would mean nothing.
+    """
+    value, node = setting.conditions[0].value, setting.conditions[0].node
+    if len(setting.conditions) > 1 or setting.has_filters:
+        raise setting.node.error(f"{method} has one value for the whole model here, and no filters.")
+    if kind == "numbers":
+        if not isinstance(value, tuple):
+            raise node.error(f"expected a list of numbers, found {value!r}.")
+        return tuple(convert("float", one, node) for one in value)
+    if isinstance(value, tuple):
+        raise node.error(f"{method} has one value for the whole model here, and no gradient.")
+    return convert(kind, value, node)
+
+
 def convert(kind: str, value: Scalar, node: Node) -> Any:
     """A scalar as a kind; text that spells it counts, as YAML reads 1e-5 as text.
 

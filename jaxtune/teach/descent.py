@@ -19,6 +19,7 @@ from jaxtune.rng import named_key
 from jaxtune.sample import Sample
 from jaxtune.teach.order import Order
 from jaxtune.teach.weights import Learnable
+from jaxtune.train.same_run import check_settings
 from jaxtune.tree import flatten, is_float, unflatten
 from jaxtune.types import Params
 
@@ -113,9 +114,9 @@ def descend(
 
     The rate rises over a tenth of the steps and falls as a cosine to a twentieth. Every `round_size` steps the held-out
     examples are asked; the best numbers of all rounds and rates are kept, the start among them, so that the result is
-    never behind the start on them. A higher rate takes the network further from where it was, so it must be better by
-    more than the standard error of the difference. Without held-out examples the end of the last rate is the result:
-    give one rate.
+    never behind the start on them. What leaves the start, and what a higher rate makes, is further from where the
+    network was, so it must be better by more than the standard error of the difference. Without held-out examples the
+    end of the last rate is the result: give one rate.
 
     Args:
         learnable: What is learned.
@@ -160,8 +161,7 @@ def descend(
     }  # fmt: skip
     if series is not None and series.latest_step is not None:
         state, saved = series.restore(state)
-        if saved != settings:
-            raise ConfigError(f"the saved states are of a run with {saved}, this one has {settings}.")
+        check_settings(settings, saved)
     place = partial(_place, num_steps=num_steps, round_size=round_size)
     while int(state.step) < num_steps * len(rates):
         run, done = divmod(int(state.step), num_steps)
@@ -237,9 +237,11 @@ def _judge(state, learnable, aim, held, held_support, at, num_steps):
     if held_support is not None and aim.keep is not None:
         score += aim.protect * float(np.mean(_each_loss(aim.keep, learnable, state.numbers, held_support)))
     state = replace(state, scores=state.scores.at[at].set(score))
-    least_gain = 0.0
-    if at[0] > max(0, int(state.best_step) - 1) // num_steps:  # the best is of a lower rate
-        least_gain = float(np.std(np.asarray(state.best_each) - each, ddof=1)) / len(held) ** 0.5
+    best_step, least_gain = int(state.best_step), 0.0
+    is_of_this_rate = best_step and (best_step - 1) // num_steps == at[0]
+    if np.isfinite(state.best_score) and not is_of_this_rate and len(held) > 1:
+        gains = np.asarray(state.best_each, np.float64) - each
+        least_gain = float(np.std(gains, ddof=1)) / len(held) ** 0.5
     if not score < float(state.best_score) - least_gain:  # NaN is never better
         return state
     return replace(

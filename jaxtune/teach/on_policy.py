@@ -12,13 +12,29 @@ from jaxtune.errors import ConfigError, DataError, unknown_name
 from jaxtune.gradients import ask, check_sample, predict, widen
 from jaxtune.rng import named_key
 from jaxtune.sample import Batch, Sample, example_divergences
-from jaxtune.teach.descent import Aim, descend, round_to
+from jaxtune.teach.descent import Aim, Series, descend, round_to
 from jaxtune.teach.distill import Distilled, KeepLoss, told
 from jaxtune.teach.weights import whole_weights
+from jaxtune.train.same_run import check_settings
 from jaxtune.tree import check_finite
 from jaxtune.types import Params
 
 DIRECTIONS = ("reverse", "forward")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "divergences", "step"], meta_fields=[])
+@dataclass(frozen=True)
+class RoundState:
+    """Everything that a round changes; what a series keeps.
+
+    Shapes:
+        divergences: float32[rounds], 0 where a round is still to come.
+        step: int32[], rounds done.
+    """
+
+    params: Any
+    divergences: Any
+    step: Any
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ def distill_on_policy(
     temperature: float = 1.0,
     support: Sample | None = None,
     protect: float = 1.0,
+    series: Series | None = None,
 ) -> Distilled:
     """Trains a student on short texts that it writes itself.
 
@@ -78,6 +95,7 @@ def distill_on_policy(
         direction: "reverse": `KL(student ‖ teacher)`; "forward": `KL(teacher ‖ student)`.
         temperature: Of the student's writing; 0 writes the first token always.
         support, protect: As in `distill`.
+        series: Where states are kept, one a round; a run that was killed goes on from the last and gives the same bits.
 
     Returns:
         `info["divergences"]`: of each round, the mean KL (in the direction asked for) on what was written, before its
@@ -85,7 +103,7 @@ def distill_on_policy(
 
     Raises:
         UnknownNameError: no such direction.
-        ConfigError: a number out of range.
+        ConfigError: a number out of range, or the series belongs to a run with other numbers.
         DataError: the prompts are no texts for a language model, or shorter than `prompt_length`.
         NonFiniteError: a network holds NaN, or what was learned does.
 
@@ -116,20 +134,32 @@ def distill_on_policy(
         keep, kept = KeepLoss(support.forward, support.is_labelled), told(support, start)
     loss = (ReverseLoss if direction == "reverse" else ForwardLoss)(prompts.forward)
     rate = whole_weights(start).rates[1] if learning_rate is None else learning_rate
-    params, divergences = jax.tree.map(widen, start), []
-    for n in range(num_rounds):
+    settings = {
+        "prompt_length": prompt_length, "num_rounds": num_rounds, "steps_per_round": steps_per_round,
+        "batch_size": batch_size, "learning_rate": float(rate), "direction": direction,
+        "temperature": float(temperature), "num_examples": len(prompts),
+    }  # fmt: skip
+    params, divergences, first = jax.tree.map(widen, start), np.zeros(num_rounds, np.float32), 0
+    if series is not None and series.latest_step is not None:
+        like = RoundState(params, divergences, np.int32(0))
+        state, saved = series.restore(jax.tree.map(jnp.asarray, like))
+        check_settings(settings, saved)
+        params, divergences, first = state.params, np.array(state.divergences), int(state.step)
+    for n in range(first, num_rounds):
         drawn = _prompts(prompts, batch_size, named_key(key, "prompts"), n)
         written = continue_texts(
             named_key(key, "tokens", n), drawn, params, prompt_length=prompt_length, temperature=temperature
         )
         taught = replace(written, batch={**written.batch, "teacher": predict(written, teacher)})
-        divergences.append(float(jnp.mean(_losses(loss, params, taught.batch))))
+        divergences[n] = jnp.mean(_losses(loss, params, taught.batch))
         params, _ = descend(
             whole_weights(params), Aim(loss, keep, protect), taught, key=named_key(key, "steps", n),
             num_steps=steps_per_round, batch_size=batch_size, learning_rates=[rate], round_size=steps_per_round,
             support=kept,
         )  # fmt: skip
-    info = {"divergences": divergences, "learning_rate": rate, "num_examples": len(prompts)}
+        if series is not None:
+            series.save(jax.tree.map(jnp.asarray, RoundState(params, divergences, np.int32(n + 1))), settings)
+    info = {"divergences": divergences.tolist(), "learning_rate": rate, "num_examples": len(prompts)}
     return Distilled(round_to(params, start), info)
 
 
