@@ -55,7 +55,7 @@ def test_the_line_between_releases_is_measured_at_25_points():
         (np.argmax(SAMPLE.batch["image"] @ p[3:].reshape(4, 3) + p[:3], 1) == SAMPLE.batch["label"]).mean()
         for p in ends
     ]
-    np.testing.assert_allclose([line.accuracies[0], line.accuracies[-1]], hits, rtol=1e-6)
+    np.testing.assert_allclose([line.metrics[0].accuracy, line.metrics[-1].accuracy], hits, rtol=1e-6)
 
 
 def test_the_same_release_again_takes_the_whole_difference():

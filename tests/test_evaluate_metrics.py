@@ -129,6 +129,8 @@ def test_a_line_has_its_worst_point_and_both_ends():
     assert of_texts.barrier.losses[1] == pytest.approx(evaluate_texts(one_candidate(middle), texts())[0].loss, rel=1e-6)
     with pytest.raises(ConfigError, match="num_points is 2"):
         evaluate_line(OTHER, THIRD, sample, num_points=2)
+    with pytest.raises(DataError, match="a loss needs labelled examples, and here are none"):
+        evaluate_line(OTHER, THIRD, sample.without_labels())
 
 
 def test_tasks_are_normalised_in_both_ways():

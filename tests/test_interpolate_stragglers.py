@@ -167,6 +167,8 @@ def test_refusals():
         measure_sharpness(FIRST, SECOND, SAMPLE, radius=0)
     with pytest.raises(ConfigError, match=r"sparsity is 1\.0"):
         prune_layers(FIRST, SECOND, ["head"], sparsity=1.0)
+    with pytest.raises(ConfigError, match="layer head/bias has no matrix whose entries could be pruned"):
+        prune_layers(FIRST, SECOND, ["head/bias"], layer_of=by_leaf)
     with pytest.raises(UnknownNameError, match="layer 'block_9'"):
         prune_layers(FIRST, SECOND, ["block_9"])
     with pytest.raises(UnknownNameError, match=r"source of pruning 'weight'\. Did you mean 'weights'"):

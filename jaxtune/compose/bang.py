@@ -8,7 +8,7 @@ import jax
 
 from jaxtune.compose.composition import Composition
 from jaxtune.compose.fitting import Recipe, check_labelled, fit, join, narrow, split
-from jaxtune.compose.lines import measure
+from jaxtune.compose.measuring import measure
 from jaxtune.errors import ConfigError
 from jaxtune.interpolate.line import interpolate_linear
 from jaxtune.sample import Sample

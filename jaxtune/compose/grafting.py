@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxtune.compose.composition import Composition, check_counts, check_models, check_samples
 from jaxtune.compose.fitting import Recipe, fit, join, narrow, split
-from jaxtune.compose.lines import measure
 from jaxtune.compose.masks import count_true, largest, matching, overlaps
+from jaxtune.compose.measuring import measure
 from jaxtune.errors import ConfigError
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample, example_losses, weighted_mean

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxtune.compose.composition import Composition, check_models
 from jaxtune.compose.fitting import Recipe, check_labelled, fit, join, narrow, split
-from jaxtune.compose.lines import measure_line
 from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.evaluate.line import evaluate_line
 from jaxtune.models.readout import normalise_features, read_out
 from jaxtune.sample import Sample, example_losses, weighted_mean
 from jaxtune.train.checkpoints import StateSeries
@@ -108,7 +108,7 @@ def mergetune(
         "barrier_to_finetuned": (tuned, params),
         "barrier_of_parents": (base, tuned),
     }
-    barriers = {name: measure_line(*pair, sample).barrier for name, pair in ends.items()}
+    barriers = {name: evaluate_line(*pair, sample).barrier for name, pair in ends.items()}
     info: dict[str, Any] = {"loss": found.losses, "pull": pull}
     for name, barrier in barriers.items():
         info |= {name: barrier.height, f"{name}_at": barrier.weight}

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.compose.lines import Line, measure_line
 from jaxtune.errors import ConfigError, TreeMismatchError
+from jaxtune.evaluate.line import Line, evaluate_line
 from jaxtune.sample import Sample
 from jaxtune.tree import MAX_LINES, check_same, describe_leaf, flatten, is_float, unflatten
 from jaxtune.types import Params
@@ -91,7 +91,7 @@ def check_connection(
     """
     old, new = _match({"old": old, "new": new}, vocabulary or {})
     check_same({"old": old, "new": new})
-    return {sample.name: measure_line(old, new, sample) for sample in samples}
+    return {sample.name: evaluate_line(old, new, sample) for sample in samples}
 
 
 def recycle(

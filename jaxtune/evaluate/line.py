@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, DataError
 from jaxtune.evaluate.candidates import line_candidates
 from jaxtune.evaluate.classifier import Metrics
 from jaxtune.evaluate.language import TextMetrics, evaluate_texts
@@ -46,15 +46,18 @@ def evaluate_line(
     Raises:
         ConfigError: too few points.
         TreeMismatchError: the trees differ in a path or a shape.
-        DataError, NonFiniteError: as `evaluate_many`.
+        DataError: no labelled examples; as `evaluate_many`.
+        NonFiniteError: a model on the line gives NaN.
 
     Reference:
         Frankle et al. 2020, arXiv:1912.05671: the worst point counts, not the middle.
     """
     if num_points < 3:
         raise ConfigError(f"num_points is {num_points}; a barrier needs at least 3: two ends and what lies between.")
+    if not len(sample) or not sample.is_labelled:
+        raise DataError(f"{sample.name}: a loss needs labelled examples, and here are none.")
     weights = np.linspace(0, 1, num_points)
     points = line_candidates(first, second, weights, nonnegative=nonnegative)
-    is_text = sample.is_labelled and sample.batch["label"].ndim == 2
+    is_text = sample.batch["label"].ndim == 2
     metrics = evaluate_texts(points, sample) if is_text else evaluate_many(points, sample.forward, sample)
     return Line(measure_barrier(weights, [one.loss for one in metrics]), tuple(metrics))

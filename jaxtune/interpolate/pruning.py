@@ -34,7 +34,7 @@ def prune_layers(
         layer_of: Path -> name of its layer.
 
     Raises:
-        ConfigError: a share outside [0, 1).
+        ConfigError: a share outside [0, 1), or a layer without matrices.
         UnknownNameError: no such layer or source.
     """
     if not 0 <= sparsity < 1:
@@ -48,6 +48,8 @@ def prune_layers(
         if layer not in known:
             raise unknown_name("layer", layer, known)
         paths = [path for path in known[layer] if flats[0][path].ndim >= 2]
+        if not paths:
+            raise ConfigError(f"layer {layer} has no matrix whose entries could be pruned.")
         ours, theirs = ({path: np.asarray(flat[path], np.float32) for path in paths} for flat in flats)
         if source == "weights":
             masks = [_largest(side, sparsity) for side in (ours, theirs)]
@@ -64,7 +66,7 @@ def prune_layers(
 
 def _largest(leaves: Mapping[str, np.ndarray], sparsity: float) -> dict[str, np.ndarray]:
     """{path: bool}: all but the share of smallest magnitude of the leaves together, of equal ones the last kept."""
-    flat = np.abs(np.concatenate([leaf.ravel() for leaf in leaves.values()])) if leaves else np.zeros(0)
+    flat = np.abs(np.concatenate([leaf.ravel() for leaf in leaves.values()]))
     is_kept = np.ones(flat.size, bool)
     is_kept[np.argsort(flat, kind="stable")[: int(sparsity * flat.size + 1e-9)]] = False
     parts = np.split(is_kept, np.cumsum([leaf.size for leaf in leaves.values()])[:-1])
