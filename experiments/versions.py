@@ -21,7 +21,7 @@ from experiments.fitting import check_fields
 from experiments.rungs.networks import Networks, Schedule
 from experiments.sources import open_task
 from experiments.workdir import CHECKPOINTS_NAME, Workdir
-from jaxtune.compose.lines import measure
+from jaxtune.compose.measuring import measure
 from jaxtune.compose.versions import check_connection, recycle, transfer_difference
 from jaxtune.models import registry
 from jaxtune.rng import named_key
