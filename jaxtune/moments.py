@@ -188,9 +188,10 @@ def _cross_moments(record, loss, first, second, batch):
 def weigh_rows(site: Any, batch: Mapping[str, Any]) -> jax.Array:
     """float32[M]: 1 for a row that counts, 0 for a token of padding or of an example that only fills a chunk."""
     num_rows, weight = len(site.inputs), batch["weight"]
-    if num_rows % len(weight):
-        raise ValueError(f"{num_rows} rows of {len(weight)} examples")
-    rows = jnp.repeat(jnp.asarray(weight, jnp.float32), num_rows // len(weight))
+    if num_rows % (len(weight) * site.num_uses):
+        raise ValueError(f"{num_rows} rows of {len(weight)} examples in {site.num_uses} uses")
+    rows = jnp.repeat(jnp.asarray(weight, jnp.float32), num_rows // len(weight) // site.num_uses)
+    rows = jnp.tile(rows, site.num_uses)
     return rows if site.mask is None else rows * site.mask.astype(jnp.float32)
 
 

@@ -9,7 +9,7 @@ from small_models import FAST, random_params
 from jaxtune import symmetry, tree
 from jaxtune.align.activations import match_activations, record_tables
 from jaxtune.align.registry import find_element
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, DataError
 from jaxtune.models import mlp, registry, vit
 from jaxtune.sample import Sample
 from jaxtune.sampling import Forward, Record
@@ -94,3 +94,5 @@ def test_a_method_that_looks_at_data_asks_for_it():
         find_element(KEY, spec, params, params, method="activations", sample=blind)
     with pytest.raises(ConfigError, match="num_rows is 1"):
         match_activations(KEY, spec, params, params, sample=sample_of(MLP, 4), num_rows=1)
+    with pytest.raises(DataError, match="there are no examples"):
+        match_activations(KEY, spec, params, params, sample=sample_of(MLP, 4).take([]))

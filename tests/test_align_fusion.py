@@ -104,6 +104,8 @@ def test_bad_input_is_refused():
         fuse_models(spec, params, params, ground="weight")
     with pytest.raises(ConfigError, match="needs unlabelled inputs"):
         fuse_models(spec, params, params)
+    with pytest.raises(ConfigError, match="weight is nan"):
+        fuse_models(spec, params, params, ground="weights", weight=float("nan"))
     with pytest.raises(ConfigError, match="regularisation is -1"):
         fuse_models(spec, params, params, ground="weights", regularisation=-1)
     with pytest.raises(ConfigError, match=r"assignment of 10100; pass regularisation=0\.05"):

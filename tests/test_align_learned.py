@@ -239,6 +239,11 @@ def test_what_cannot_be_learned_is_refused(tower):
         learn(sample=sample.take([0]))
     with pytest.raises(UnknownNameError, match="Did you mean 'transport'"):
         learn(objective="transprt")
+    dark = dataclasses.replace(sample, batch={"image": sample.batch["image"] * np.float32(np.nan)})
+    with pytest.raises(DataError, match="images: 'image' holds NaN"):
+        learn(sample=dark)  # no loss would be finite, and the start come back as if nothing were better
+    with pytest.raises(ConfigError, match="scale is nan"):
+        learn(objective="transport", finetuned=source, scale=float("nan"))
     with pytest.raises(ConfigError, match="needs finetuned="):
         learn(objective="transport")
     with pytest.raises(ConfigError, match="num_steps is 0"):

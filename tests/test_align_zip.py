@@ -1,5 +1,7 @@
 """Units joined within and across models: exact where units repeat, pairs against a plain loop, depth."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -105,5 +107,7 @@ def test_bad_input_is_refused():
         zip_models(spec, [params, params], sample=sample, groups=["layer_0/hiden"])
     with pytest.raises(ConfigError, match="shares some of the leaves that write layer_0/hidden"):
         zip_models(spec, [params, params], sample=sample, shared="layer_0/kernel")
+    with pytest.raises(ConfigError, match="cannot be recorded"):
+        zip_models(spec, [params, params], sample=replace(sample, record=None))
     with pytest.raises(ConfigError, match="within is 2"):
         zip_models(spec, [params, params], sample=sample, within=2)

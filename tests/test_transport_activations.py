@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_models import FAST, SIZES, random_params
@@ -12,8 +13,9 @@ from jaxtune import symmetry, tree
 from jaxtune.data import ArraySource
 from jaxtune.errors import ConfigError, DataError, NonFiniteError
 from jaxtune.models import mlp, registry, vit
-from jaxtune.models.tap import record_matrices
+from jaxtune.models.tap import record_gradients_of, record_matrices
 from jaxtune.moments import gather_grams, gather_pairs
+from jaxtune.sample import Sample
 from jaxtune.sampling import for_sizes, make_sample
 from jaxtune.transport.prepared import apply_transport
 from jaxtune.transport.registry import prepare_transport
@@ -140,6 +142,27 @@ def test_moments_do_not_depend_on_chunks_and_are_those_of_all_rows():
         np.testing.assert_allclose(pair.cross, x.T @ y, atol=1e-5 * np.sqrt(np.trace(x.T @ x) * np.trace(y.T @ y)))
 
 
+def test_of_a_matrix_that_is_used_twice_rows_of_padding_do_not_count_in_either_use():
+    """Three examples in chunks of two: a last chunk that is half padding."""
+
+    def run(params, batch):
+        once = batch["image"] @ params["mix"]["kernel"]
+        return jnp.sum(jnp.tanh(once) @ params["mix"]["kernel"])
+
+    def record_twice(params, batch):
+        return record_gradients_of(run, params, batch)
+
+    draw = np.random.default_rng(0)
+    kernel = draw.normal(size=(4, 4)).astype(np.float32)
+    images = draw.normal(size=(3, 5, 4)).astype(np.float32)  # [example, token, unit]
+    sample = Sample("twice", {"image": images}, run, record_twice)
+    gram = gather_grams({"mix": {"kernel": kernel}}, sample, chunk_size=2)["mix/kernel"]
+    first = images.reshape(-1, 4).astype(np.float64)
+    rows = np.concatenate([first, np.tanh(first @ kernel)])
+    np.testing.assert_allclose(gram.gram, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    assert gram.count == 30
+
+
 def test_another_width_carries_what_was_embedded():
     """The target is the source in a wider stream: every matrix between isometries that the test knows."""
     wide = replace(MLP, widths=(23, 19))
@@ -214,6 +237,10 @@ def test_what_cannot_be_used_is_refused(method):
         call(target, sample=replace(sample, record=None))
     with pytest.raises((NonFiniteError, DataError), match="NaN"):
         call(tree.map_leaves(lambda _, x: x * np.nan, target), sample=sample)
+    if method == "bico":
+        strange = replace(sample, batch={**sample.batch, "label": np.array([0, 1, 2, 9], np.int32)})
+        with pytest.raises(DataError, match="labels 0 to 9, the network has 5 classes"):
+            call(target, sample=strange)
     other = replace(MLP, num_outputs=7)
     with pytest.raises(ConfigError, match="5 entries in the source and 7"):
         prepare(

@@ -13,9 +13,11 @@ import numpy as np
 
 from jaxtune.align.weights import MatchResult, match_weights
 from jaxtune.errors import ConfigError, SpecError
+from jaxtune.gradients import check_sample
+from jaxtune.moments import weigh_rows
 from jaxtune.sample import Sample, inputs_of
 from jaxtune.symmetry import canonical
-from jaxtune.symmetry.spec import Axis, Spec, make_spec
+from jaxtune.symmetry.spec import Spec, make_spec
 from jaxtune.tree import check_finite, check_same, flatten, unflatten
 from jaxtune.types import Params
 
@@ -47,7 +49,7 @@ def match_activations(
     of the cross-covariance, heads first by their attention circuits and then inside.
 
     Args:
-        key: Draws rows; orders the groups in restarts.
+        key: Orders the groups in restarts. Rows are drawn the same way for every key.
         spec: Symmetry of both networks, or of their folded weights.
         target, source: As `match_weights`.
         sample: Inputs; labels are not looked at.
@@ -55,7 +57,7 @@ def match_activations(
         head_cost, num_restarts, max_sweeps, tolerance: As in `match_weights`.
 
     Raises:
-        ConfigError: the sample's family cannot be recorded; `num_rows` below 2.
+        ConfigError, DataError: as `record_tables`.
         SpecError: as `match_weights`; the family has no place for folded weights.
         TreeMismatchError, NonFiniteError, UnknownNameError: as `match_weights`.
 
@@ -64,10 +66,6 @@ def match_activations(
         and Elbayad 2024, arXiv:2403.00986. Differs: all groups at once and of every kind; the output side of a head,
         of which nothing is recorded, by its weights.
     """
-    if sample.record is None:
-        raise ConfigError(f"{sample.name}: what this family computes inside cannot be recorded; match its weights.")
-    if num_rows < 2:
-        raise ConfigError(f"num_rows is {num_rows}; correlations need at least 2.")
     check_same({"target": target, "source": source})
     spec.check(target)
     for name, params in (("target", target), ("source", source)):
@@ -97,7 +95,16 @@ def record_tables(spec: Spec, params: Params, sample: Sample, *, num_rows: int) 
 
     Shapes:
         returns: path -> (inputs float32[M, n_in], outputs float32[M, n_out], the leaf's axes that are read).
+
+    Raises:
+        ConfigError: the sample's family cannot be recorded; `num_rows` below 2.
+        DataError: there are no examples, or an input holds NaN.
     """
+    if sample.record is None:
+        raise ConfigError(f"{sample.name}: what this family computes inside cannot be recorded; match its weights.")
+    if num_rows < 2:
+        raise ConfigError(f"num_rows is {num_rows}; correlations need at least 2.")
+    check_sample(sample, params, is_labelled=False)
     if canonical.is_folded(spec):
         params = canonical.lay_out(spec.form, params)
     size = min(RECORD_BATCH, len(sample))
@@ -105,13 +112,8 @@ def record_tables(spec: Spec, params: Params, sample: Sample, *, num_rows: int) 
     num_chunks = -(-len(sample) // size)
     draw = np.random.RandomState(0)
     for chunk in sample.without_labels().chunks(size):
-        real = np.asarray(chunk["weight"]) > 0
         for path, site in _record(sample.record, params, inputs_of(chunk)).items():
-            num = len(site.inputs)
-            rows = np.repeat(real, num // len(real)) if num % len(real) == 0 else np.ones(num, bool)
-            if site.mask is not None:
-                rows &= np.asarray(site.mask)
-            rows = np.flatnonzero(rows)
+            rows = np.flatnonzero(np.asarray(weigh_rows(site, chunk)))
             share = max(1, num_rows // num_chunks)
             if len(rows) > share:
                 rows = np.sort(draw.choice(rows, share, replace=False))
@@ -145,7 +147,7 @@ def lay_out_tables(
         shape = flatten(networks[0])[path].shape
         for side, name in enumerate(("inputs", "outputs")):
             mine = [a for a in range(len(owners)) if (a in in_axes) == (side == 0)]
-            row = tuple(_flip(owners[a]) if side == 0 else owners[a] for a in mine)
+            row = tuple(owners[a].dualised if side == 0 and owners[a] else owners[a] for a in mine)
             if not any(row):
                 continue
             lengths = [shape[a] for a in mine]
@@ -175,11 +177,6 @@ def lay_out_tables(
     marks = {path: tuple(None if axis is None else axis.mark for axis in row) for path, row in axes.items()}
     table_spec = make_spec(spec.groups.values(), marks, junctions=spec.junctions)
     return (table_spec, *(unflatten(tree) for tree in trees))
-
-
-def _flip(axis: Axis | None) -> Axis | None:
-    """What acts on the input of an axis that a kernel reads: the inverse transpose of what acts on the kernel."""
-    return axis if axis is None or axis.order_only else Axis(axis.group, dual=not axis.dual)
 
 
 def _standardise(spec, row, values):

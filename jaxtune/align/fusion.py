@@ -73,7 +73,8 @@ def fuse_models(
 
     Raises:
         UnknownNameError: another `ground`.
-        ConfigError: `regularisation` is negative; no sample; exact plans between widths of too great a multiple.
+        ConfigError: `regularisation` is negative, `weight` not finite; no sample; exact plans between widths of too
+            great a multiple.
         SpecError: leaves differ beyond hidden widths.
 
     Reference:
@@ -82,6 +83,8 @@ def fuse_models(
     """
     source_spec = spec if source_spec is None else source_spec
     _check(spec, source_spec, target, source, sample, ground, regularisation)
+    if not np.isfinite(weight):
+        raise ConfigError(f"weight is {weight}; it must be finite.")
     ours, theirs = flatten(target), {path: _wide(leaf) for path, leaf in flatten(source).items()}
     tables = None
     if ground == "activations":

@@ -45,7 +45,7 @@ def match_learned(
 
     Each step draws a batch and a place on the line and lowers `KL(mean prediction of both ends || prediction there)`
     plus `residual_weight` times the matching residual. Rotations, maps inside heads and rotary planes are free, and
-    orders where `orders` says so, from where weight matching leaves them; a start at the identity does not get far.
+    orders where `orders` says so, from where matching leaves them; a start at the identity does not get far.
 
     Args:
         key: Draws batches and places.
@@ -54,16 +54,16 @@ def match_learned(
         sample: Inputs; labels are not looked at.
         orders: "held", "straight_through" or "sinkhorn".
         temperature: Of Sinkhorn's iteration.
-        num_steps, batch_size, learning_rate, order_rate, residual_weight, validation_share, evaluate_every, patience:
-            See `Training`.
+        num_steps, batch_size, learning_rate, order_rate, residual_weight, validation_share, evaluate_every, patience,
+            mixes: See `Training`.
         start: What it starts from, a key of `STARTS`.
 
     Returns:
-        The best element seen by the loss of the held-out inputs at the middle of the line, orders hard; weight
-        matching's own where nothing was better.
+        The best element seen by the loss of the held-out inputs at the middle of the line, orders hard; the start
+        where nothing was better.
 
     Raises:
-        DataError: the sample is too small to hold some out.
+        DataError: the sample is too small to hold some out, or holds NaN.
         SpecError: elements of the spec are not exact; the family has no place for folded weights.
         ConfigError: a number makes no sense.
         TreeMismatchError, NonFiniteError, UnknownNameError: as `match_weights`.

@@ -14,6 +14,7 @@ from jaxtune.align.learning_steps import Task, evaluate, take_steps
 from jaxtune.align.memory import keep_progress, recall_progress
 from jaxtune.align.relaxed import element_of, make_plan, solve_orders, start_latents
 from jaxtune.errors import ConfigError, SpecError, unknown_name
+from jaxtune.gradients import check_sample
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample
 from jaxtune.symmetry import canonical
@@ -35,7 +36,7 @@ class LearnedResult:
         element: Group -> value.
         is_converged: Whether the held-out loss had stopped falling when the steps ended.
         num_steps: Steps done.
-        start_loss, loss: Held-out loss of weight matching, and of `element`: never above.
+        start_loss, loss: Held-out loss of the start, and of `element`: never above.
         losses: (step, held-out loss of the hard element) at every evaluation.
         num_held: Held-out examples.
     """
@@ -61,6 +62,7 @@ class Training:
         validation_share: Of the sample, held out to stop by.
         evaluate_every: Steps between looks at it.
         patience: Looks without a new best that end the search.
+        mixes: Whether steps see inputs between two examples (`learning_steps.mix_examples`) rather than examples.
     """
 
     num_steps: int
@@ -121,10 +123,14 @@ def learn_element(
     training.check()
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}; it must be above 0.")
+    if not np.isfinite(scale):
+        raise ConfigError(f"scale is {scale}; it must be finite.")
+    check_sample(sample, target, is_labelled=False)
     if not spec.is_exact:
         raise SpecError('learned alignment needs exact elements: the symmetry with junctions="shared".')
-    check_same({"target": target, "source": source})
-    for name, params in (("target", target), ("source", source), *([("finetuned", finetuned)] if finetuned else [])):
+    networks = {"target": target, "source": source, **({} if finetuned is None else {"finetuned": finetuned})}
+    check_same(networks)
+    for name, params in networks.items():
         check_finite(name, params)
     plan = make_plan(spec, orders=orders, temperature=temperature)
     learning, held = sample.without_labels().split(training.validation_share)

@@ -61,7 +61,7 @@ class Task:
             }
         teacher = jax.lax.stop_gradient(self.teach(trees, batch))
         value = weighted_mean(example_divergences(self.logits(model, batch), teacher, batch), batch)
-        return value, residual_of(self.plan, moved, target, self.matched)
+        return value, residual_of(moved, target, self.matched)
 
 
 @partial(jax.jit, static_argnames=("task", "num"))

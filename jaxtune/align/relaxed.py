@@ -17,6 +17,7 @@ from jaxtune.align.assignment import solve_assignments
 from jaxtune.align.sinkhorn import sinkhorn
 from jaxtune.errors import unknown_name
 from jaxtune.rng import named_key
+from jaxtune.symmetry import element as elements
 from jaxtune.symmetry.groups import Group
 from jaxtune.symmetry.linear import fix_ones
 from jaxtune.symmetry.rotary import join_planes
@@ -169,8 +170,6 @@ def move_leaves(plan: Plan, latents: Latents, orders: Orders, leaves: Mapping[st
 
 def element_of(plan: Plan, spec: Spec, latents: Latents, orders: Orders) -> dict[str, Any]:
     """The hard element in float64, with identities where nothing is free."""
-    from jaxtune.symmetry import element as elements
-
     element = elements.identity(spec)
     for group, _, _ in plan.members:
         numbers = {name: np.asarray(values, np.float64) for name, values in latents[group.name].items()}
@@ -194,9 +193,8 @@ def element_of(plan: Plan, spec: Spec, latents: Latents, orders: Orders) -> dict
     return element
 
 
-def residual_of(plan: Plan, moved: Mapping[str, Any], target: Mapping[str, Any], matched: tuple[str, ...]) -> jax.Array:
+def residual_of(moved: Mapping[str, Any], target: Mapping[str, Any], matched: tuple[str, ...]) -> jax.Array:
     """`|target - moved|² / (|target|² + |moved|²)` over the matched leaves: 0 where they agree, 1 where unrelated."""
-    del plan
     apart = sum(jnp.sum((target[path] - moved[path]) ** 2) for path in matched)
     whole = sum(jnp.sum(target[path] ** 2) + jnp.sum(moved[path] ** 2) for path in matched)
     return apart / jnp.maximum(whole, np.finfo(np.float32).tiny)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 def sinkhorn(
     logits: jax.Array, *, num_iterations: int, rows: jax.Array | None = None, columns: jax.Array | None = None
-):
+) -> jax.Array:
     """The matrix `diag(u) exp(logits) diag(v)` with given sums of rows and columns.
 
     Rows are scaled first and columns last, so sums of columns are exact and those of rows as far as it has converged.

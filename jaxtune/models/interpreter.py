@@ -30,7 +30,7 @@ WRAPPERS = {
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["inputs", "outputs", "mask", "gradients"],
-    meta_fields=["in_axes", "order"],
+    meta_fields=["in_axes", "order", "num_uses"],
 )
 @dataclass(frozen=True)
 class Site:
@@ -44,10 +44,11 @@ class Site:
         mask: True in the rows of real tokens; None where every row is real.
         gradients: Of a loss with respect to `outputs`, from `record_gradients`; None otherwise.
         order: How many matrices are used before this one; a dict that comes out of `jit` is sorted by name.
+        num_uses: How often it is used; the rows of all uses stand one use after the other.
 
     Shapes:
-        inputs: float[M, n_in]; outputs, gradients: float[M, n_out], float32 or wider; mask: bool[M]. Rows are sorted
-            by example: M / N rows for each of N examples.
+        inputs: float[M, n_in]; outputs, gradients: float[M, n_out], float32 or wider; mask: bool[M]. Rows of a use are
+            sorted by example: M / N / num_uses rows for each of N examples.
     """
 
     inputs: jax.Array
@@ -56,6 +57,7 @@ class Site:
     mask: jax.Array | None = None
     gradients: jax.Array | None = None
     order: int = 0
+    num_uses: int = 1
 
 
 class Tap:

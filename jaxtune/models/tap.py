@@ -101,7 +101,8 @@ def _join(uses, mask):
     if len(uses) == 1:
         return replace(uses[0], mask=mask)
     inputs, outputs = (jnp.concatenate([getattr(use, name) for use in uses]) for name in ("inputs", "outputs"))
-    return Site(inputs, outputs, uses[0].in_axes, None if mask is None else jnp.tile(mask, len(uses)))
+    mask = None if mask is None else jnp.tile(mask, len(uses))
+    return Site(inputs, outputs, uses[0].in_axes, mask, num_uses=len(uses))
 
 
 def _mask_of(path, site, batch):

@@ -41,6 +41,11 @@ class Axis:
         """As `make_spec` reads it: "group", "group*" or "group~"."""
         return self.group + ("*" if self.dual else "~" if self.order_only else "")
 
+    @property
+    def dualised(self) -> "Axis":
+        """What acts on what a kernel reads along this axis: the inverse transpose; an order is its own."""
+        return self if self.order_only else Axis(self.group, dual=not self.dual)
+
 
 @dataclass(frozen=True)
 class Spec:

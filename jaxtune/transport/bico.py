@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from jaxtune.errors import unknown_name
-from jaxtune.gradients import LabelLoss, predict
+from jaxtune.gradients import LabelLoss, check_sample, predict
 from jaxtune.moments import Pair, gather_pairs
 from jaxtune.sample import Sample
 from jaxtune.transport.prepared import Prepared, Symmetry
@@ -50,6 +50,7 @@ def prepare_bico(
     check_options(whitening, ridge)
     if outputs not in OUTPUTS:
         raise unknown_name("outputs", outputs, OUTPUTS)
+    check_sample(sample, source, is_labelled=sample.is_labelled)
     labelled = sample if sample.is_labelled else _label(sample, source)
 
     def sides(meeting):

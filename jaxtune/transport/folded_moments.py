@@ -82,7 +82,7 @@ def lay_out_moments(
         out = [_writer(places, network, path, shape) for network in own]
         kept = tuple(axis for axis in range(len(shape)) if axis not in in_axes)
         for pair, axes, maps, is_input in ((meeting.inputs, in_axes, into, True), (meeting.outputs, kept, out, False)):
-            owners = tuple(_flip(row[axis]) if is_input else row[axis] for axis in axes)
+            owners = tuple(row[axis].dualised if is_input and row[axis] else row[axis] for axis in axes)
             lengths = [shape[axis] for axis in axes]
             if any(owners) and np.prod(lengths) == len(pair.cross):
                 tables.append(Table(folded, tuple(axes), is_input, *_measure(pair, maps, lengths), owners))
@@ -119,8 +119,3 @@ def _writer(places, network, path, shape):
     size = shape[-1]
     gain = np.eye(size) if path not in places.branches else np.diag(network.vector(places.branches[path]))
     return gain - gain.mean(axis=1, keepdims=True) if path in places.centred else gain
-
-
-def _flip(axis: Axis | None) -> Axis | None:
-    """What acts on what a kernel reads: the inverse transpose of what acts on the kernel's axis."""
-    return axis if axis is None or axis.order_only else Axis(axis.group, dual=not axis.dual)

@@ -125,8 +125,8 @@ def prepare_gradfix(
         chunk_size: Examples whose gradients are there at one time; see `gradients`.
 
     Returns:
-        The alignment's own, its task vector masked; `info["kept"]` is the share of entries that are not zero and stay
-        so, `info["agreement"]` the mean of `|s|`. Votes belong to one task, so `move` is None.
+        The alignment's own, its task vector masked; `info["kept"]` is the share of entries, or directions, that are not
+        zero and stay so, `info["agreement"]` the mean of `|s|`. Votes belong to one task, so `move` is None.
 
     Raises:
         UnknownNameError: no such align, vote, mask or over.
@@ -243,19 +243,17 @@ def mask_prepared(
     check_finite("the target", target)
     basis = split_directions(symmetry(), vector) if rule.over == "direction" else {}
     votes = cast_votes(target, sample, loss, vote=rule.vote, basis=basis, chunk_size=chunk_size)
-    masked, agreement = {}, []
+    masked, agreement, num_moved, num_kept = {}, [], 0, 0
     for path, leaf in vector.items():
         if not is_float(leaf):
             masked[path] = leaf
             continue
-        if path in basis:
-            masked[path] = basis[path].join(rule.weigh(basis[path].values, votes[path], len(sample)), leaf)
-        else:
-            masked[path] = rule.weigh(leaf, votes[path], len(sample))
+        entries = basis[path].values if path in basis else leaf
+        weighed = rule.weigh(entries, votes[path], len(sample))
+        masked[path] = basis[path].join(weighed, leaf) if path in basis else weighed
+        num_moved, num_kept = num_moved + np.count_nonzero(entries), num_kept + np.count_nonzero(weighed)
         agreement.append(np.abs(votes[path]).ravel() / len(sample))
-    moved = sum(int(np.count_nonzero(leaf)) for leaf in vector.values())
-    kept = sum(int(np.count_nonzero(leaf)) for leaf in masked.values())
-    info = {"num_examples": len(sample), "kept": kept / max(moved, 1)}
+    info = {"num_examples": len(sample), "kept": num_kept / max(num_moved, 1)}
     if rule.vote == "majority":
         info["agreement"] = float(np.mean(np.concatenate(agreement)))
     return dataclasses.replace(prepared, task_vector=unflatten(masked), info={**prepared.info, **info}, move=None)

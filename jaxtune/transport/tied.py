@@ -71,7 +71,7 @@ def prepare_tied(
         under the corrected one, by kind of units.
 
     Raises:
-        ConfigError: as `prepare_full`; a negative prior; the family cannot be recorded.
+        ConfigError: as `prepare_full`; a prior that is not above 0; the family cannot be recorded.
         SpecError, TreeMismatchError, NonFiniteError: as `prepare_full`.
 
     Reference:
