@@ -246,8 +246,8 @@ def test_other_refusals(pets, save, tmp_path):
 def test_a_sample_of_texts(pets):
     sample = sampling.make_sample(TEXT_MODEL, pets, task="pets", vocab_size=64, num_hashed=8, num_per_class=1)
     assert len(sample) == 3
-    params = registry.init(jax.random.key(0), TEXT_MODEL)
-    assert sample.forward(params, sample.batch).shape == (3, 3)
+    params = jax.eval_shape(lambda key: registry.init(key, TEXT_MODEL), jax.random.key(0))
+    assert jax.eval_shape(sample.forward, params, sample.batch).shape == (3, 3)
     with pytest.raises(DataError, match=r"pets \(train\): token ids .* the vocabulary of the network has 64"):
         sampling.make_sample(TEXT_MODEL, pets, task="pets")
     with pytest.raises(DataError, match=r"pets \(train\): .*with L at most 32"):
@@ -293,10 +293,9 @@ def test_short_trainings_of_the_experiments_take_texts(pets, tmp_path):
         head_dense="tanh", num_outputs=8,
     )  # fmt: skip
     source = open_source(pets, "train", task="pets", vocab_size=64, num_hashed=8)
-    start = registry.init(jax.random.key(0), config)
+    start = jax.jit(registry.init, static_argnums=1)(jax.random.key(0), config)
     tuned = Networks(config, tmp_path / "networks").train("pets", lambda: start, source, Schedule(20, 0.003, 3), seed=0)
     sample = sampling.make_sample(config, source)
-    losses = [
-        float(example_losses(sample.forward(params, sample.batch), sample.batch).mean()) for params in (start, tuned)
-    ]
+    loss = jax.jit(lambda params: example_losses(sample.forward(params, sample.batch), sample.batch).mean())
+    losses = [float(loss(params)) for params in (start, tuned)]
     assert losses[1] < losses[0]

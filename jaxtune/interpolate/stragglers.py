@@ -154,13 +154,14 @@ def find_stragglers(
     """
     if criterion not in CRITERIA:
         raise unknown_name("criterion of stragglers", criterion, CRITERIA)
+    names = layers_of(first, options.get("layer_of", first_component))
+    if not 0 < count <= len(names):
+        raise ConfigError(f"count is {count}; there are {len(names)} layers, {', '.join(names)}.")
     if criterion == "sharpness":
         peaks = measure_sharpness(first, second, sample, **options).peaks
     else:
         barriers = measure_layer_barriers(first, second, sample, **options)
         peaks = {name: barrier.height for name, barrier in barriers.items()}
-    if not 0 < count <= len(peaks):
-        raise ConfigError(f"count is {count}; there are {len(peaks)} layers, {', '.join(peaks)}.")
     return sorted(peaks, key=lambda name: -peaks[name])[:count], peaks
 
 
