@@ -24,7 +24,8 @@ DATA = ("--data", "digits", "--data-option", "size=16", "--samples", "24")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    old, other = (jax.tree.map(np.asarray, registry.init(jax.random.key(seed), CONFIG)) for seed in (0, 1))
+    init = jax.jit(registry.init, static_argnums=1)
+    old, other = (jax.tree.map(np.asarray, init(jax.random.key(seed), CONFIG)) for seed in (0, 1))
     draw = np.random.default_rng(7)
     tuned = tree.map_leaves(lambda _, x: x + (0.2 * draw.normal(size=x.shape)).astype(np.float32), old)
     trees = {"source": old, "finetuned": tuned, "target": other}
@@ -47,8 +48,9 @@ def run(capsys, models, tmp_path):
 
 def divergence(params, models, sample):
     """Mean KL(fine-tune ‖ model) on a sample, by NumPy."""
+    forward = jax.jit(sample.forward)
     ours, theirs = (
-        np.asarray(jax.nn.log_softmax(sample.forward(p, sample.batch)), np.float64)
+        np.asarray(jax.nn.log_softmax(forward(p, sample.batch)), np.float64)
         for p in (params, jt.load(models["finetuned"]).params)
     )
     return float(np.mean(np.sum(np.exp(theirs) * (theirs - ours), axis=-1)))
