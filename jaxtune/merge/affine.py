@@ -25,7 +25,10 @@ def combine_linearly(coefficients: Sequence[Any], base: Any = 0.0, total: Any = 
     if len(terms) == 1 and _are_options([terms[0][0], total]) and terms[0][0] == total:
         return take(terms[0][1])
     if not _are_options([c for c, _ in terms]):
-        groups = [(c, (k,)) for c, k in terms]
+        same: dict[int, tuple[Any, list[int]]] = {}  # numbers that were found are alike where they are one object
+        for c, k in terms:
+            same.setdefault(id(c), (c, []))[1].append(k)
+        groups = [(c, tuple(places)) for c, places in same.values()]
     else:
         groups = [(c, tuple(k for one, k in terms if one == c)) for c in sorted({c for c, _ in terms})]
     constants = {

@@ -37,8 +37,9 @@ def _take(num_bytes):
         return _make(num_bytes)
     size = -(-num_bytes // GRAIN)
     some = _kept.__dict__.setdefault(size, [])
+    count = sys.getrefcount  # of the memory itself: a view of a view refers to that
     for entry in some:
-        if _count_references(entry) == UNUSED:
+        if count(entry[0]) == UNUSED:
             return entry
     entry = _make(size * GRAIN)
     if len(some) < MOST_KEPT:
@@ -51,9 +52,9 @@ def _make(num_bytes):
     return memory, -memory.ctypes.data % LINE
 
 
-def _count_references(entry):
-    memory, _ = entry  # a view of a view refers to the memory itself
-    return sys.getrefcount(memory)
+def _count_unused():
+    entry = _make(LINE)
+    return sys.getrefcount(entry[0])
 
 
-UNUSED = _count_references(_make(LINE))
+UNUSED = _count_unused()

@@ -1,7 +1,8 @@
 """Task vectors of one bit an entry."""
 
 from jaxtune.merge.method import Method
-from jaxtune.merge.view import Combine, Elements, View, sum_wide
+from jaxtune.merge.sums import sum_wide
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.merge.weighted import add_weighted
 from jaxtune.types import Leaf
 

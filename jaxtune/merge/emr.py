@@ -2,7 +2,8 @@
 
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_choice, check_task
-from jaxtune.merge.view import Combine, Elements, View, sum_wide
+from jaxtune.merge.sums import sum_wide
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
 
 

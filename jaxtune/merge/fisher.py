@@ -3,7 +3,8 @@
 from jaxtune.errors import ConfigError, TreeMismatchError
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between, check_choice
-from jaxtune.merge.view import Combine, Elements, View, dot_wide
+from jaxtune.merge.sums import dot_wide
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
 
 

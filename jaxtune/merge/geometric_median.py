@@ -9,7 +9,8 @@ from jaxtune.merge.angles import root
 from jaxtune.merge.karcher import repeat
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between
-from jaxtune.merge.view import Combine, Elements, View, dot_wide
+from jaxtune.merge.sums import dot_wide
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtune.merge.affine import combine_linearly, take
 from jaxtune.merge.angles import angle_of, root
 from jaxtune.merge.method import Method
-from jaxtune.merge.view import Combine, View, gram
+from jaxtune.merge.sums import gram
+from jaxtune.merge.view import Combine, View
 from jaxtune.types import Leaf
 
 

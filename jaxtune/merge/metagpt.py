@@ -2,7 +2,8 @@
 
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_choice
-from jaxtune.merge.view import Combine, Elements, View, dot_wide
+from jaxtune.merge.sums import dot_wide
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.merge.weighted import add_weighted
 from jaxtune.types import Leaf
 

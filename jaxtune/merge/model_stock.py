@@ -8,7 +8,8 @@ import numpy as np
 from jaxtune.merge.affine import combine_linearly
 from jaxtune.merge.angles import root
 from jaxtune.merge.method import Method, Unit
-from jaxtune.merge.view import Combine, Elements, View, gram
+from jaxtune.merge.sums import gram
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
 
 SMALL = 1e-6  # products of two lengths, and denominators, below it: as mergekit has it

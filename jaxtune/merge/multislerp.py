@@ -6,7 +6,8 @@ from jaxtune.errors import ConfigError
 from jaxtune.merge.affine import combine_linearly, take
 from jaxtune.merge.angles import root
 from jaxtune.merge.method import Method
-from jaxtune.merge.view import Combine, View, gram
+from jaxtune.merge.sums import gram
+from jaxtune.merge.view import Combine, View
 
 
 def merge_multislerp(

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtune.merge.affine import combine_linearly, only_whole, take
 from jaxtune.merge.angles import root
 from jaxtune.merge.method import Method, Unit
-from jaxtune.merge.view import Combine, Elements, View, gram
+from jaxtune.merge.sums import gram
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
 
 SHORT = 1e-7  # lengths below it count as this much, as mergekit has it

@@ -4,7 +4,8 @@ import numpy as np
 
 from jaxtune.merge.masks import keep
 from jaxtune.merge.method import Method
-from jaxtune.merge.view import Combine, Elements, View, sum_wide
+from jaxtune.merge.sums import sum_wide
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
 
 

@@ -86,9 +86,11 @@ def draw_below(xp: Any, stream: Stream, start: Any, shape: tuple[int, ...], shar
     first = start % 2
     words = draw_bits(np, stream, start // 2, ((first + size + 1) // 2,))
     halves = words.astype("<u4", copy=False).view("<u2")[first : first + size]
-    below = halves < np.uint16(coarse)
-    for place in np.flatnonzero(halves == np.uint16(coarse)).tolist():
-        below[place] = _draw_word(own, start + place) >> 16 < fine
+    below, equal = (empty_aligned((size,), np.bool_) for _ in range(2))
+    np.less(halves, np.uint16(coarse), out=below)
+    if np.equal(halves, np.uint16(coarse), out=equal).any():
+        for place in np.flatnonzero(equal).tolist():
+            below[place] = _draw_word(own, start + place) >> 16 < fine
     return below.reshape(shape)
 
 
@@ -124,13 +126,13 @@ def _mix(words, key):
 def _mix_in_place(words, key):
     """The same in the memory of `words`: twice as fast."""
     shifted = empty_aligned(words.shape, words.dtype)
-    for step, (shift, factor) in enumerate(STEPS):
+    for step, (shift, factor) in enumerate(STEPS_OF_NUMPY):
         if step == 1:
             words ^= key
-        np.right_shift(words, np.uint32(shift), out=shifted)
+        np.right_shift(words, shift, out=shifted)
         words ^= shifted
-        words *= np.uint32(factor)
-    np.right_shift(words, np.uint32(14), out=shifted)
+        words *= factor
+    np.right_shift(words, LAST_OF_NUMPY, out=shifted)
     words ^= shifted
     return words
 
@@ -143,4 +145,6 @@ def _count_to(size):
 
 WORD = 0xFFFFFFFF
 STEPS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+STEPS_OF_NUMPY = tuple((np.uint32(shift), np.uint32(factor)) for shift, factor in STEPS)
+LAST_OF_NUMPY = np.uint32(14)
 BLOCK_STEP = np.uint32(0x9E3779B9)  # between the keys of a leaf's parts of 2^32 elements

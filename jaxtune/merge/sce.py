@@ -10,7 +10,8 @@ from jaxtune.merge.masks import keep, pack, signs_of, turn, turn_and_clip, weigh
 from jaxtune.merge.method import Method
 from jaxtune.merge.options import check_between
 from jaxtune.merge.sparsify import within
-from jaxtune.merge.view import Combine, Elements, View, dot_wide
+from jaxtune.merge.sums import dot_wide
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
 
 SMALL = 1e-6  # sums of weights below it count as this much, as mergekit has it

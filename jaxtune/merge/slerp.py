@@ -3,7 +3,8 @@
 from jaxtune.merge.affine import combine_linearly
 from jaxtune.merge.angles import root
 from jaxtune.merge.method import Method
-from jaxtune.merge.view import Combine, View, gram
+from jaxtune.merge.sums import gram
+from jaxtune.merge.view import Combine, View
 
 PARALLEL = 0.9995  # cosine from which the circle is taken for its chord: beyond it sin(angle) loses its digits
 SHORT = 1e-8

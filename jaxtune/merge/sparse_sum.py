@@ -9,7 +9,8 @@ from jaxtune.merge.affine import is_known, only_whole, sum_exactly, take
 from jaxtune.merge.aligned import empty_aligned
 from jaxtune.merge.masks import sign_of, signs_of, turn, turn_and_clip
 from jaxtune.merge.sparsify import Cut, sparse_delta
-from jaxtune.merge.view import Combine, Elements, View, sum_wide
+from jaxtune.merge.sums import sum_wide
+from jaxtune.merge.view import Combine, Elements, View
 from jaxtune.types import Leaf
 
 ZERO_SUM = 1e-8  # weights that sum to less are not divided by, as mergekit has it

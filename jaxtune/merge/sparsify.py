@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxtune.errors import ConfigError
-from jaxtune.merge.masks import keep_scaled, pack, weigh
+from jaxtune.merge.masks import keep_scaled, pack, sizes_of, weigh
 from jaxtune.merge.options import check_between, check_choice
-from jaxtune.merge.view import Elements, Rank, View, dot_wide, sum_wide
+from jaxtune.merge.sums import dot_wide, stack_numbers, sum_wide
+from jaxtune.merge.view import Elements, Rank, View
 from jaxtune.types import Leaf
 
 Rule = Literal["all", "none", "top", "at_least", "band", "random", "ranked"]
@@ -52,7 +53,8 @@ def cut_random(density: Any) -> Cut:
 
 def magnitude(elements: Elements, *, model: int) -> Leaf:
     """Of one task vector."""
-    return elements.xp.abs(elements.own_delta(model))
+    delta = elements.own_delta(model)
+    return np.abs(delta, out=delta) if elements.xp is np else elements.xp.abs(delta)
 
 
 def sparse_delta(elements: Elements, model: int, rule: Rule, numbers: tuple, factor: Any = 1.0) -> Leaf:
@@ -70,7 +72,7 @@ def _mask(elements, model, rule, numbers, delta):
     """What of a task vector (or of its magnitudes) is kept, as `Elements.remember` has it."""
     if rule == "random":
         return elements.remember((rule, model), lambda: elements.below(model, numbers[0]))
-    sizes = elements.xp.abs(delta)
+    sizes = sizes_of(elements.xp, delta)
     if rule == "ranked":
         return elements.remember((rule, model), lambda: _mask_by_rank(elements, model, sizes, *numbers))
     if rule == "at_least":
@@ -175,9 +177,12 @@ def sum_norms(elements: Elements, numbers: tuple, *, rules: tuple, models: tuple
     for model, rule, cut in zip(models, rules, numbers, strict=True):
         delta = elements.own_delta(model)
         weights = weigh(xp, _mask(elements, model, rule, cut, delta), delta)
-        sizes = xp.abs(delta) if power == 1 else delta**2
-        rows.append(xp.stack([sum_wide(elements, sizes), dot_wide(elements, sizes, weights)]))
-    return xp.stack(rows)
+        if xp is np:
+            sizes = np.abs(delta, out=delta) if power == 1 else np.multiply(delta, delta, out=delta)
+        else:
+            sizes = xp.abs(delta) if power == 1 else delta**2
+        rows.append((sum_wide(elements, sizes), dot_wide(elements, sizes, weights)))
+    return stack_numbers(xp, rows)
 
 
 def _largest(view, model, cut):
@@ -185,7 +190,7 @@ def _largest(view, model, cut):
 
 
 def _kept_magnitude(elements, numbers, *, model, rule):
-    return elements.xp.abs(sparse_delta(elements, model, rule, numbers))
+    return sizes_of(elements.xp, sparse_delta(elements, model, rule, numbers))
 
 
 def check_sparse(options: Mapping[str, Any]) -> None:

@@ -19,9 +19,6 @@ from jaxtune.merge.masks import pack
 from jaxtune.merge.random_bits import Stream, draw_below, draw_uniform
 from jaxtune.types import Leaf
 
-INNER = 1024
-ONES = np.ones(INNER, np.float32)
-
 
 class MadeOnUse(Sequence):
     """A sequence whose items are made when they are asked for, and kept."""
@@ -261,41 +258,3 @@ def weaken(number: Any, elements: Elements) -> Any:
     if isinstance(number, (np.ndarray, np.floating)) and number.dtype.kind == "f":
         return number.astype(elements.dtype, copy=False)
     return number
-
-
-def sum_wide(elements: Elements, values: Leaf) -> Leaf:
-    """Sum of one array, in float64 but for the innermost thousand of it."""
-    return dot_wide(elements, values, None)
-
-
-def dot_wide(elements: Elements, first: Leaf, second: Leaf | None) -> Leaf:
-    """Inner product of two arrays of a run (None: of ones), in float64 but for the innermost thousand of it.
-
-    Of float32 numbers NumPy has inner products of rows several times as fast as a product, or a sum, in float64; what
-    a thousand of them lose is less than 1e-7 of the product of their lengths.
-    """
-    xp = elements.xp
-    if xp is not np:
-        return xp.sum(first if second is None else first * second)
-    if first.dtype != np.float32:
-        return np.sum(first if second is None else first * second, dtype=np.float64)
-    first = first.reshape(-1)
-    second = None if second is None else second.reshape(-1)
-    whole = first.size // INNER * INNER
-    rows = np.vecdot(first[:whole].reshape(-1, INNER), ONES if second is None else second[:whole].reshape(-1, INNER))
-    rest = np.vecdot(first[whole:], ONES[: first.size - whole] if second is None else second[whole:])
-    return rows.sum(dtype=np.float64) + np.float64(rest)
-
-
-def gram(elements: Elements, of: str = "models") -> Leaf:
-    """Inner products of the models ("models"), of the task vectors ("deltas") or of base and models ("all").
-
-    Shapes:
-        result: float64[k, k], symmetric; "all" has the base first.
-    """
-    arrays: Sequence[Leaf] = {"models": lambda: elements.models, "deltas": lambda: elements.deltas}.get(
-        of, lambda: (elements.base, *elements.models)
-    )()
-    xp, n = elements.xp, len(arrays)
-    entries = {(i, j): dot_wide(elements, arrays[i], arrays[j]) for i in range(n) for j in range(i, n)}
-    return xp.stack([xp.stack([entries[min(i, j), max(i, j)] for j in range(n)]) for i in range(n)])
