@@ -5,6 +5,7 @@ know the family; else the names do: the first number of a name counts layers whe
 says, or where nothing says better. One list makes one module, "default", as in mergekit.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -85,9 +86,9 @@ def find_architecture(config: Mapping[str, Any], names: Iterable[str], table: Ke
         names: Of its stored tensors.
         table: Of its family, where it is known.
     """
-    numbers = {name: NUMBER.search(name) for name in names}
+    names = tuple(names)
     prefixes = _prefixes_of_table(table) if table is not None else {}
-    counts = _count(numbers)
+    counts = _count(names)
     prefixes = {prefix: module for prefix, module in prefixes.items() if prefix in counts}
     if not prefixes:
         prefixes = _choose_prefixes(config, counts)
@@ -99,16 +100,7 @@ def find_architecture(config: Mapping[str, Any], names: Iterable[str], table: Ke
     }
     roots = _find_roots({module: stack.prefix for module, stack in stacks.items()})
     rest = _module_of_rest(list(stacks))
-    places = {}
-    for name, match in numbers.items():
-        module = prefixes.get(name[: match.start(1)]) if match else None
-        if module is not None:
-            places[name] = Place(module, int(match[1]), name[match.end(1) :])
-            continue
-        module = next((module for root, module in roots if name.startswith(root)), rest)
-        if name.startswith("vis") and "vision" in stacks:  # projections out of a tower, beside it
-            module = "vision"
-        places[name] = Place(module, None, name, FIRST.search(name) is not None)
+    places = dict(_find_places(names, tuple(prefixes.items()), tuple(roots), rest, "vision" in stacks))
     _take_out_shared(places, stacks)
     if not stacks:
         stacks[DEFAULT] = None
@@ -155,12 +147,39 @@ def with_field(config: Mapping[str, Any], field: str, value: Any) -> dict[str, A
     return {**config, key: with_field(config.get(key) or {}, rest, value) if rest else value}
 
 
-def _count(numbers) -> dict[str, int]:
+# The models of a merge mostly have the same names: of 50,000 tensors the time that the others take is felt.
+@functools.lru_cache(maxsize=1)
+def _find_numbers(names):
+    """Name -> (what stands before its first number, the number, what comes behind); None without one."""
+    matches = ((name, NUMBER.search(name)) for name in names)
+    return {
+        name: (name[: match.start(1)], int(match[1]), name[match.end(1) :]) if match else None
+        for name, match in matches
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _find_places(names, prefixes, roots, rest, has_vision) -> dict[str, Place]:
+    """The place of every tensor."""
+    module_of, places = dict(prefixes), {}
+    for name, found in _find_numbers(names).items():
+        module = module_of.get(found[0]) if found else None
+        if module is not None:
+            places[name] = Place(module, *found[1:])
+            continue
+        module = next((module for root, module in roots if name.startswith(root)), rest)
+        if name.startswith("vis") and has_vision:  # projections out of a tower, beside it
+            module = "vision"
+        places[name] = Place(module, None, name, FIRST.search(name) is not None)
+    return places
+
+
+def _count(names) -> dict[str, int]:
     """Prefix of the first number -> how many layers, where they count from 0 without a gap."""
     found: dict[str, set[int]] = {}
-    for name, match in numbers.items():
-        if match:
-            found.setdefault(name[: match.start(1)], set()).add(int(match[1]))
+    for one in _find_numbers(names).values():
+        if one:
+            found.setdefault(one[0], set()).add(one[1])
     return {prefix: len(numbers) for prefix, numbers in found.items() if len(numbers) == max(numbers) + 1}
 
 
