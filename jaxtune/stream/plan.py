@@ -78,10 +78,19 @@ def plan_merge(
         ConfigError: even one worker needs more memory.
     """
     num_workers = num_workers or count_cores()
-    needs, where = max(((memory_of(job) + WORKER_BYTES, job.name) for job in jobs.jobs), default=(0, ""))
+    costs: dict[tuple, tuple[int, float]] = {}  # by all that they depend on: most jobs are as many others are
+    needs, where, cost = 0, "", 0.0
+    for job in jobs.jobs:
+        key = (job.method, job.shape, job.dtype, job.out_dtype, len(job.sources), job.base is None, id(job.options))
+        found = costs.get(key)
+        if found is None:
+            found = costs[key] = (memory_of(job) + WORKER_BYTES, _nanoseconds(job))
+        needs, where = max((needs, where), (found[0], job.name))
+        cost += found[1]
     stored = [model.layout.tensors for model in jobs.models]
     leaves = [getattr(model, "params", {}) for model in jobs.models]  # of models that are made first: none yet
-    whole = max((_lazy_bytes(leaves, job) for job in jobs.jobs), default=0)
+    are_lazy = any(is_lazy(leaf) for own in leaves for leaf in own.values())
+    whole = max((_lazy_bytes(leaves, job) for job in jobs.jobs), default=0) if are_lazy else 0
     if memory_bytes is not None:
         fits = (memory_bytes - RUNTIME_BYTES) // max(needs + whole, 1)
         if fits < 1:
@@ -92,13 +101,12 @@ def plan_merge(
         num_workers = min(num_workers, int(fits))
     methods: dict[str, int] = {}
     dtypes: dict[np.dtype, int] = {}
-    read, cost = 0, 0.0
+    read = 0
     for job in jobs.jobs:
         methods[job.method] = methods.get(job.method, 0) + 1
         dtypes[job.out_dtype] = dtypes.get(job.out_dtype, 0) + 1
         for source in _sources(job):
             read += _stored_bytes(stored[source.model].get(source.name))
-        cost += _nanoseconds(job)
     return MergePlan(
         num_tensors=len(jobs.jobs),
         num_merged=len(jobs.jobs) - methods.get("copy", 0),
