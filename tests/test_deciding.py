@@ -270,6 +270,25 @@ def test_methods_that_were_not_made_for_recipes_go_through_them(case, tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, dict(found.params))
 
 
+def test_a_task_that_is_lost_is_better_lost(case, tmp_path):
+    """What is said compares the control less the task, and not the mean of both, beside minus the task vector."""
+    _, trees = case
+    recipe = write_recipe(case, "atlas_negation", {"num_epochs": 6, "learning_rate": 0.1, "validation": 0.0})
+    report = merge_recipe(recipe, tmp_path / "out")
+    made = jt.load(tmp_path / "out").params
+    free = jax.tree.map(lambda b, a: b - np.float32(0.3) * (a - b), trees["base"], trees["a"])
+    margins = []
+    for params, key in ((free, "default"), (made, "chosen")):
+        lost, control = (accuracy(params, sample) for sample in samples_of(case))
+        scores = report["data"]["validation"][key]["scores"]
+        np.testing.assert_allclose([one["accuracy"] for one in scores], [lost, control])
+        margins.append(control - lost)
+    (note,) = [note for note in report["notes"] if note.startswith("data: ")]
+    words = ("WORSE than", "as good as", "better than")[int(np.sign(round(margins[1] - margins[0], 9))) + 1]
+    assert f"is {words} task_arithmetic" in note
+    assert f"less that on the task to lose {margins[1]:.4f}; without examples {margins[0]:.4f}" in note
+
+
 def test_one_source_is_for_a_new_task(case, tmp_path):
     folder, trees = case
     parameters = {"num_epochs": 1}

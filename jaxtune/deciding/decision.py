@@ -49,6 +49,7 @@ def decide(recipe: Recipe, work: Path) -> Decision:
     decide_one = learn_recipe if recipe.merge_method in LEARNED else choose_recipe
     made, default, facts = decide_one(models, work)
     chosen_by, held = facts.pop("chosen_by"), with_teachers(models, facts.pop("held"))
+    is_negation = facts.pop("is_negation", False)
     experts = score_experts(models, held)
     before, after = score_candidates([models.merge(default), models.merge(made)], held)
     names = [""] if models.is_together else [str(entry.model) for entry in recipe.models]
@@ -65,12 +66,15 @@ def decide(recipe: Recipe, work: Path) -> Decision:
         },
     }
     scores = [rank(one, experts)[0] for one in (before, after)]
-    what = "accuracy" if "accuracy" in after[0] else "agreement with the models"
-    beside = "" if experts is None or what != "accuracy" else " (each as a share of the model's own)"
+    what = "mean accuracy" if "accuracy" in after[0] else "mean agreement with the models"
+    beside = "" if experts is None or "accuracy" not in after[0] else " (each as a share of the model's own)"
+    if is_negation:  # the first task is to be lost
+        scores = [control["accuracy"] - lost["accuracy"] for lost, control in (before, after)]
+        what, beside = "accuracy on the control less that on the task to lose", ""
     words = "better than" if scores[1] > scores[0] else "as good as" if scores[1] == scores[0] else "WORSE than"
     note = (
         f"data: {recipe.merge_method}{_words(facts.get('options'))} is {words} {_name(default)} on validation examples "
-        f"({chosen_by}): mean {what}{beside} {scores[1]:.4f}; without examples {scores[0]:.4f}"
+        f"({chosen_by}): {what}{beside} {scores[1]:.4f}; without examples {scores[0]:.4f}"
     )
     inputs = {one.path: one for one in (models.base, *models.finetuned) if one is not None}
     return Decision(made, recipe, facts, (*facts.pop("notes", ()), note), tuple(inputs.values()))

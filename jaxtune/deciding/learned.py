@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxtune.compose.registry import HIDDEN, METHODS, compose
 from jaxtune.deciding.task_models import TaskModels
-from jaxtune.deciding.variants import as_it_is, bare_entries, change, mean, task_arithmetic
+from jaxtune.deciding.variants import as_it_is, bare_entries, change, mean, task_arithmetic, task_negation
 from jaxtune.errors import UnknownNameError
 from jaxtune.recipes.nodes import did_you_mean
 from jaxtune.recipes.parameters import evaluate_once
@@ -80,7 +80,9 @@ def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[s
         if isinstance(learned, Mapping) and all(np.ndim(one) == 0 for one in learned.values()):
             facts["coefficients"] = dict(learned)
     facts["history"] = {name: found.info[name] for name in ("step", "kept", "score") if name in found.info}
-    return made, mean(recipe) if is_soup else task_arithmetic(recipe), facts
+    is_negation = method.samples == "target and control"
+    free = mean if is_soup else task_negation if is_negation else task_arithmetic
+    return made, free(recipe), {**facts, "is_negation": is_negation}
 
 
 def _with_weights(models: TaskModels, learned: Mapping[str, Any]) -> Recipe:

@@ -27,6 +27,15 @@ def task_arithmetic(recipe: Recipe) -> Recipe:
                   preset=None, post=None, **WITHOUT_TOKENIZER)  # fmt: skip
 
 
+def task_negation(recipe: Recipe) -> Recipe:
+    """Minus the first model's task vector, at the same scale; the second, of the control, adds nothing."""
+    models = [
+        {**entry, "parameters": {"weight": w}} for entry, w in zip(bare_entries(recipe), (-1.0, 0.0), strict=True)
+    ]
+    return change(recipe, merge_method="task_arithmetic", models=models, parameters={"lambda": 0.3},
+                  preset=None, post=None, **WITHOUT_TOKENIZER)  # fmt: skip
+
+
 def mean(recipe: Recipe) -> Recipe:
     """The mean of the models."""
     return change(recipe, merge_method="linear", models=bare_entries(recipe), parameters={"weight": 1.0},
