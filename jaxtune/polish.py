@@ -15,6 +15,7 @@ from jaxtune.tree import task_vector
 from jaxtune.types import Params
 
 POLISHES = ("none", "distill")
+NUM_HELD, HELD_SHARE = 4, 0.2  # examples that a polish is judged by: at least so many, or this share of them
 
 
 def polish_transport(
@@ -42,7 +43,8 @@ def polish_transport(
         polish: One of `POLISHES`.
         keep: Inputs on which the result is to stay as the new base is; with labels half of the penalty is on them.
         spec: Symmetry of the target, for learn="rotation".
-        **options: Of `teach.distill.distill`.
+        **options: Of `teach.distill.distill`; of eight examples or more four are held out to judge the polish by, or a
+            fifth if that is more, and it stays out where they do not see it clearly better.
 
     Returns:
         (network, prepared): the task vector is what both steps added to the target; `info["polish"]` says what was
@@ -59,6 +61,8 @@ def polish_transport(
         return params, prepared
     if sample is None:
         raise ConfigError(f"polish {polish!r} needs examples: pass sample= (on the command line --data).")
+    if "held_out" not in options and len(sample) >= 2 * NUM_HELD:
+        options["held_out"] = max(HELD_SHARE, NUM_HELD / len(sample))
     made = distill(sample.without_labels(), finetuned, params, key=key, base=target, support=keep, spec=spec, **options)
     params = jax.tree.map(np.asarray, made.params)
     info = {**prepared.info, "polish": {"name": polish, "options": options, **made.info}}

@@ -237,17 +237,27 @@ def _judge(state, learnable, aim, held, held_support, at, num_steps):
     if held_support is not None and aim.keep is not None:
         score += aim.protect * float(np.mean(_each_loss(aim.keep, learnable, state.numbers, held_support)))
     state = replace(state, scores=state.scores.at[at].set(score))
-    best_step, least_gain = int(state.best_step), 0.0
+    best_step = int(state.best_step)
     is_of_this_rate = best_step and (best_step - 1) // num_steps == at[0]
-    if np.isfinite(state.best_score) and not is_of_this_rate and len(held) > 1:
-        gains = np.asarray(state.best_each, np.float64) - each
-        least_gain = float(np.std(gains, ddof=1)) / len(held) ** 0.5
-    if not score < float(state.best_score) - least_gain:  # NaN is never better
+    if np.isfinite(state.best_score) and not is_of_this_rate and not _is_clear(state.best_each, each):
+        return state
+    if not score < float(state.best_score):  # NaN is never better
         return state
     return replace(
         state, best=state.numbers, best_score=jnp.asarray(score, jnp.float32), best_step=jnp.asarray(state.step),
         best_each=jnp.asarray(each, jnp.float32),
     )  # fmt: skip
+
+
+def _is_clear(before, after):
+    """Whether losses fell by more than the standard error of what they fell by; of each, `1 - exp(-loss)` is taken.
+
+    That is what a right answer's probability lacks, at most 1: of a few examples one with a great loss would decide.
+    """
+    gains = np.exp(-np.asarray(after, np.float64)) - np.exp(-np.asarray(before, np.float64))
+    if len(gains) < 2:
+        return bool(gains > 0)
+    return bool(np.mean(gains) > np.std(gains, ddof=1) / len(gains) ** 0.5)
 
 
 def _each_loss(loss, learnable, numbers, sample):
