@@ -10,20 +10,25 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments.finetune import LORA_FIELDS, finetune
-from experiments.fitting import FIELDS, check_fields
+from experiments import barrier, few, merge, soups, versions
+from experiments.finetune import HALF_FIELDS, LORA_FIELDS, finetune
+from experiments.fitting import FIELDS, OPTIONAL, check_fields
 from experiments.pretrain import pretrain
 from experiments.sources import open_splits
 from jaxtune import tree
+from jaxtune.align.registry import METHODS as ALIGN
 from jaxtune.checkpoint import hash_checkpoint, load, save
+from jaxtune.compose.registry import METHODS as COMPOSE
 from jaxtune.data import open_source
 from jaxtune.errors import CheckpointError, ConfigError, UnknownNameError
 from jaxtune.evaluate.classifier import evaluate_classifier
+from jaxtune.merge.registry import METHODS as MERGE
 from jaxtune.models import registry
 from jaxtune.models.readout import class_embeddings
 from jaxtune.train.adapter import load_adapter
 from jaxtune.train.lora import merge_lora
 from jaxtune.train.optimizer import make_optimizer, make_schedule
+from jaxtune.transport.registry import METHODS as TRANSPORT
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DIGITS = {"name": "digits", "options": {"size": 16}, "eval_options": {}, "classes": (), "shifts": ()}
@@ -296,8 +301,36 @@ def test_eval_options_are_for_validation_and_test():
     assert {split: len(source) for split, source in splits.items()} == {"train": 70, "validation": 30, "test": 30}
 
 
-# The ladder's configs have another main: see tests/test_ladder.py.
-TRAINED = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("ladder"))
+# What trains one network; the other configs have mains of their own, and the ladder's a test too: tests/test_ladder.py.
+TRAINED = sorted(
+    path.stem for path in CONFIGS.glob("*.py") if path.stem.startswith(("pretrain", "release", "finetune"))
+)
+MAINS = {"barrier": barrier, "few": few, "merge_glyphs": merge, "merge_intents": merge, "soups": soups}
+MAINS |= {"versions": versions}
+
+
+def test_every_config_has_a_test_of_its_fields():
+    ladders = {"ladder", "ladder_small"}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {*TRAINED, *MAINS, *ladders}
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_a_config_has_the_fields_of_its_main_and_networks_that_exist(name):
+    _, module = read_config(name)
+    config = module.get_config().lock()
+    check_fields(config, MAINS[name].FIELDS)
+    values = config.to_dict()
+    json.dumps(values)
+    networks = [values["model"]] if "model" in values else list(values.get("models", {}).values())
+    networks += [row["model"] for kind in ("vision", "language") for row in values.get(kind, {}).values()]
+    assert networks
+    for network in networks:
+        registry.config_from_dict(network)
+    known = {**ALIGN, **MERGE, **COMPOSE, **TRANSPORT}
+    for table in ("methods", "composed", "soups", "alignments", "ways"):
+        for row in values.get(table, {}).values():
+            options = set(row.get("options", {})) if row.get("way") not in ("distil", "tune") else set()
+            assert "method" not in row or options <= set(known[row["method"]].options), row
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -307,9 +340,9 @@ def test_every_config_and_every_point_of_its_sweep_is_valid(name):
         config = module.get_config().lock()
         config.update_from_flattened_dict(overrides)
         if "model" in config:
-            check_fields(config, (*FIELDS, "model"))
+            check_fields(config, (*FIELDS, "model"), optional=OPTIONAL)
             registry.config_from_dict(config.model.to_dict())
         else:
-            check_fields(config, (*FIELDS, "base", *LORA_FIELDS))
+            check_fields(config, (*FIELDS, "base", *LORA_FIELDS), optional=(*OPTIONAL, *HALF_FIELDS))
         make_optimizer(make_schedule(config.learning_rate, config.num_steps, **config.schedule), **config.optimizer)
         json.dumps(config.to_dict())

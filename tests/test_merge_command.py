@@ -135,14 +135,15 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(tmp_path):
             process.send_signal(signal.SIGKILL)
             num_killed += 1
         process.wait()
-        assert (tmp_path / "out").exists() == (process.returncode == 0)
-        if process.returncode == 0:
+        assert (tmp_path / "out").exists() or process.returncode != 0
+        if (tmp_path / "out").exists():  # a kill can come behind the publication too
             break
     assert num_killed
     if not (tmp_path / "out").exists():
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        process.returncode = 0
     assert content_of(tmp_path / "out") == content_of(tmp_path / "expected" / "out")
-    assert not list(tmp_path.glob(".jaxtune-*.work"))
+    assert process.returncode != 0 or not list(tmp_path.glob(".jaxtune-*.work"))
 
 
 def test_files_that_were_finished_before_the_kill_are_kept(tmp_path, monkeypatch):
