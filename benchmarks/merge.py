@@ -8,26 +8,23 @@ its start to its end, the three side by side in turns. The floor is `cat` of all
 Memory is the most that a process held beside mapped files, looked up fifty times a second.
 
 Measured 2026-11-21 on two CPU cores, numpy 2.4.6, mergekit 0.1.5 with torch 2.13; seconds, the middle one of three runs
-in the first four rows, one run in the others; memory in MiB:
+in the first five rows, one run in the others; memory in MiB:
 
     row                floor  jaxtune  mergekit  jaxtune / floor  mergekit / jaxtune  memory  theirs
-    linear              0.49     1.58       6.6             3.2                 4.2      79    1638
-    slerp               0.46     1.97      10.2             4.3                 5.2      80    1497
-    task_arithmetic     0.60     1.70       7.2             2.8                 4.3      80    1830
-    model_stock         0.63     2.91       7.5             4.6                 2.6     232    1922
-    dare_ties           0.61     6.41      24.2            10.5                 3.8     283    1901
-    breadcrumbs         0.64     6.82      73.0            10.6                10.7     258    1817
-    della               0.85    15.07      88.0            17.7                 5.8     298    2024
-    sce                 0.61     7.15     113.0            11.8                15.8     259    1838
-    ties                0.63     6.35      68.6            10.1                10.8     257    1846
+    linear              0.54     1.21       6.5             2.3                 5.4      83    1794
+    slerp               0.44     1.68      11.3             3.8                 6.7      83    1494
+    task_arithmetic     0.64     1.24       6.9             1.9                 5.6      83    1782
+    model_stock         0.60     2.03       7.0             3.4                 3.5      84    1910
+    dare_ties           0.60     4.10      23.0             6.8                 5.6     107    1854
+    breadcrumbs         0.61     4.08      75.1             6.7                18.4     105    1645
+    della               0.63     8.49      80.7            13.6                 9.5     110    1973
+    sce                 0.61     4.82     141.0             7.9                29.2      94    2294
+    ties                0.85    12.57     171.5            14.8                13.6      93    1801
+
+Of the last row the cores were shared with other work: of it only the ratio of the two counts.
 
 Of every run of ours 0.3 s were the start, 0.3 s that the files are on the disk before they get their names (the others
 do not wait for that), and 0.02 s a sample of the inputs for their checksums.
-
-Since then less is computed: seconds of the processor of two commits, on busy cores one after the other, old and new:
-linear 2.4 2.2, task_arithmetic 2.6 2.3, model_stock 5.2 4.0, dare_ties 13.0 8.9, ties 11.6 8.7, sce 14.8 10.8, della
-29.4 18.8; and the disk writes meanwhile. Once more since, user time of two runs each on cores with a dozen other
-processes: model_stock 3.3 to 3.1, dare_ties 7.9 to 7.0. The table waits for idle cores to be measured again.
 
 What a block of 65,536 elements of dare_ties takes before the merge, least of many, in microseconds: 306, of which
 random bits of two models are 136, reading, widening and differences 65, masks as weights 29, sums 24. Blocks half as
