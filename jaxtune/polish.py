@@ -10,6 +10,7 @@ from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.symmetry.spec import Spec
 from jaxtune.teach.distill import distill
+from jaxtune.teach.weights import whole_weights
 from jaxtune.transport.prepared import Prepared
 from jaxtune.tree import task_vector
 from jaxtune.types import Params
@@ -63,6 +64,8 @@ def polish_transport(
         raise ConfigError(f"polish {polish!r} needs examples: pass sample= (on the command line --data).")
     if "held_out" not in options and len(sample) >= 2 * NUM_HELD:
         options["held_out"] = max(HELD_SHARE, NUM_HELD / len(sample))
+    if options.get("learn", "weights") == "weights":  # a third of distillation's own rates: they keep the base's skills
+        options.setdefault("learning_rate", tuple(rate / 3 for rate in whole_weights(params).rates))
     made = distill(sample.without_labels(), finetuned, params, key=key, base=target, support=keep, spec=spec, **options)
     params = jax.tree.map(np.asarray, made.params)
     info = {**prepared.info, "polish": {"name": polish, "options": options, **made.info}}

@@ -14,6 +14,7 @@ from jaxtune.commands.examples import hash_sample
 from jaxtune.models import registry, vit
 from jaxtune.sampling import make_sample
 from jaxtune.teach.distill import distill
+from jaxtune.teach.weights import whole_weights
 
 CONFIG = vit.Config(
     image_size=16, patch_size=8, width=16, depth=2, num_heads=2, mlp_width=24, num_outputs=16, channels=1
@@ -80,7 +81,8 @@ def test_a_polish_is_distillation_from_where_the_transport_ends(models):
     start = jt.transport(*models.values(), method="identity", scale=0.5, verify=False).params
     base, teacher = (jt.load(models[role]).params for role in ("target", "finetuned"))
     key = jt.rng.named_key(jax.random.key(0), "polish")
-    oracle = distill(sample.without_labels(), teacher, start, key=key, base=base).params
+    rates = tuple(rate / 3 for rate in whole_weights(start).rates)
+    oracle = distill(sample.without_labels(), teacher, start, key=key, base=base, learning_rate=rates).params
     jax.tree.map(np.testing.assert_array_equal, polished.params, dict(oracle))
     assert polished.expected is None
     assert polished.prepared.move is None
