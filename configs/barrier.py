@@ -42,7 +42,7 @@ def get_config():
         out_bias=True,
         mlp_bias=True,
         num_positions=64,
-        tied=True,
+        tied=False,  # folded, a tied table is two leaves: no such network lies on the line
     )
     plays = dict(
         data=dict(name="tiny_shakespeare.jsonl.gz", options=dict(tokens="bytes", windows=64)),

@@ -1,4 +1,4 @@
-"""The ladder by number of examples: two seeds, and a branch from the start, two sizes of vision transformer.
+"""The ladder by number of examples: three pairs of small vision transformers of other seeds.
 
     python -m experiments.few --config=configs/few.py --workdir=runs/few --config.data_dir=DIR
 
@@ -15,10 +15,10 @@ def get_config():
     c.data_dir = ""
     c.networks = ""
     c.split = "test"
-    c.num_pairs = 5
+    c.num_pairs = 3
     vit = dict(model_type="jaxtune_vit", image_size=28, patch_size=7, depth=2, num_heads=4, num_outputs=64, channels=1)
     c.models = dict(narrow=vit | dict(width=64, mlp_width=128))
-    c.learning_rates = dict(narrow=6e-3, wide=4e-3)
+    c.learning_rates = dict(narrow=6e-3)
     c.pretrain = dict(
         sources=(
             dict(name="mnist.npz", options=dict(class_prefix="mnist/")),
@@ -27,7 +27,7 @@ def get_config():
         num_steps=1500,
         batch_size=64,
     )
-    c.rungs = dict(release=(), branch=(0.0,), continued_rate=1e-3, has_other_data=False)
+    c.rungs = dict(release=(), branch=(), continued_rate=1e-3, has_other_data=False)
     c.tasks = dict(
         turned_digits=dict(
             name="mnist.npz",
@@ -40,8 +40,23 @@ def get_config():
     )
     c.finetune = dict(num_steps=150, batch_size=64, learning_rate=1e-3)
     c.num_test, c.num_support = 1000, 500
+    c.num_kept = 64
     c.sizes = (8, 32, 128, 512, "2 a class")
     c.ways = ways()
+    c.comparisons = (
+        ("full, then distil", "distil"),
+        ("tied, then distil", "distil"),
+        ("learned, then distil", "distil"),
+        ("full, then polish", "polish"),
+        ("learned, then polish", "polish"),
+        ("full, then distil, support kept", "distil, support kept"),
+        ("full, then tune", "tune"),
+        ("tied", "theseus"),
+        ("align, then mask", "gradfix"),
+        ("align, then mask", "full"),
+        ("gradfix_teacher", "gradfix"),
+        ("align, then mask, no labels", "align, then mask"),
+    )
     return c
 
 
@@ -59,6 +74,12 @@ def ways():
     rows["full, then distil"] = dict(way="distil", start="full", options=dict())
     rows["tied, then distil"] = dict(way="distil", start="tied", options=dict())
     rows["learned, then distil"] = dict(way="distil", start="learned", options=dict())
+    for start in ("base", "full"):
+        name = "distil, support kept" if start == "base" else f"{start}, then distil, support kept"
+        rows[name] = dict(way="distil", start=start, is_kept=True, options=dict())
+    for start in ("base", "full", "learned"):
+        name = "polish" if start == "base" else f"{start}, then polish"
+        rows[name] = dict(way="polish", start=start, options=dict())
     rows["tune"] = dict(way="tune", start="base", options=dict())
     rows["tune LoRA"] = dict(way="tune", start="base", options=dict(lora_rank=4))
     rows["full, then tune"] = dict(way="tune", start="full", options=dict())

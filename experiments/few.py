@@ -26,6 +26,7 @@ from experiments.workdir import CHECKPOINTS_NAME, Workdir
 from jaxtune.data import take_sample
 from jaxtune.models import registry
 from jaxtune.rng import named_key
+from jaxtune.sampling import make_sample
 
 FIELDS = (
     "seed",
@@ -48,8 +49,10 @@ FIELDS = (
     "finetune.learning_rate",
     "num_test",
     "num_support",
+    "num_kept",  # unlabelled inputs of the pre-training task, for ways that are to keep it
     "sizes",  # numbers of examples, "N a class"
     "ways",  # name -> {"way": ..., "method": ..., "options": ..., "start": ...}, see experiments.samples.ways
+    "comparisons",  # (way, the way that it is to beat)
 )
 
 
@@ -78,6 +81,7 @@ def climb(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[str
     rows = []
     for model, values in plain["models"].items():
         model_config = registry.config_from_dict(values)
+        keep = make_sample(model_config, pretraining, num_examples=config.num_kept, seed=config.seed).without_labels()
         networks = Networks(
             model_config, (Path(config.networks) if config.networks else path / CHECKPOINTS_NAME) / model
         )
@@ -110,6 +114,7 @@ def climb(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[str
                                 train,
                                 test,
                                 support,
+                                keep,
                                 size=size,
                                 draw=config.seed + pair.index,
                                 key=named_key(key, task, name),

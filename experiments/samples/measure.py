@@ -13,6 +13,7 @@ from jaxtune.data import DataSource, take_few, take_sample
 from jaxtune.evaluate.classifier import evaluate_classifier
 from jaxtune.evaluate.sweep import evaluate_scales
 from jaxtune.models.readout import class_embeddings
+from jaxtune.sample import Sample
 from jaxtune.sampling import make_sample
 from jaxtune.symmetry import Spec
 from jaxtune.transport.prepared import Prepared
@@ -50,6 +51,7 @@ def measure_sample(
     train: DataSource,
     test: DataSource,
     support: DataSource,
+    keep: Sample,
     *,
     size: int | str,
     draw: int,
@@ -66,6 +68,7 @@ def measure_sample(
         train: What examples are drawn from.
         test: Test records of the task; nothing is chosen by them.
         support: Test records of the pre-training task.
+        keep: Train records of it without labels, for ways that are to keep it.
         size: Number of examples, "2 a class", or 0 for what needs none.
         draw: Seed of the draw.
         key: Of the methods.
@@ -76,7 +79,7 @@ def measure_sample(
     if size:
         part = _draw(train, size, draw)
         sample = make_sample(config, part)
-    given = Given(config, bases.source, bases.finetuned, bases.target, sample, key, known, aligned, ways)
+    given = Given(config, bases.source, bases.finetuned, bases.target, sample, keep, key, known, aligned, ways)
     rows = []
     for name, way in ways.items():
         if (size == 0) != WAYS[way["way"]].is_free:
@@ -118,8 +121,6 @@ def _score_way(config, target, result, test, support) -> dict[str, Any]:
     curves = {}
     for name, source in (("task", test), ("support", support)):
         embeddings = class_embeddings(source.class_names, config.num_outputs)
-        metrics = evaluate_scales(
-            config, prepared, target, source, SHARES, embeddings=embeddings, batch_size=EVAL_BATCH
-        )
+        metrics = evaluate_scales(config, prepared, target, source, SHARES, embeddings=embeddings)
         curves[name] = [one.accuracy for one in metrics]
     return {"accuracy": curves["task"][-1], "support": curves["support"][-1], "curve": curves}

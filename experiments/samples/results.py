@@ -30,7 +30,7 @@ def render_page(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     for model in dict.fromkeys(row["model"] for row in rows):
         for rung in dict.fromkeys(row["rung"] for row in rows if row["model"] == model):
             ours = [row for row in rows if row["model"] == model and row["rung"] == rung]
-            lines += [f"### {model}, {rung}", "", *_table(config, ours), ""]
+            lines += [f"### {model}, {rung}", "", *_table(config, ours), "", *_comparisons(config, ours), ""]
     return "\n".join(lines)
 
 
@@ -111,3 +111,28 @@ def _table(config, rows):
         "Recovered share in percent with its interval over pairs, then the support that is kept."
     )
     return [facts, "", *table]
+
+
+def _comparisons(config, rows):
+    """Whether one way beats another: in accuracy as they come, and where both keep the same support."""
+    sizes = [size for size in config["sizes"] if any(row["size"] == size for row in rows)]
+    table = [
+        "| difference, points | " + " | ".join(f"n = {size}" for size in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for ours, theirs in config["comparisons"]:
+        plain = [_difference(rows, ours, theirs, size) for size in sizes]
+        equal = [at_equal_support(rows, ours, theirs, size) for size in sizes]
+        for name, cells in ((f"{ours} less {theirs}", plain), ("the same at equal support", equal)):
+            table.append(f"| {name} | {' | '.join('' if c is None else _interval(c) for c in cells)} |")
+    return ["Difference of the accuracies with its interval over pairs.", "", *table]
+
+
+def _difference(rows, ours, theirs, size):
+    pairs = [pair_means(rows, way, size) for way in (ours, theirs)]
+    return bootstrap(pairs[0] - pairs[1]) if all(map(len, pairs)) else None
+
+
+def _interval(found):
+    mean, low, high = (100 * x for x in found)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"

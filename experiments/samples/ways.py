@@ -11,11 +11,14 @@ import numpy as np
 from jaxtune.compose.fewshot import tune_few
 from jaxtune.evaluate.proxy import with_proxy
 from jaxtune.models import registry
+from jaxtune.polish import polish_transport
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample, inputs_of
+from jaxtune.symmetry import Spec
 from jaxtune.teach.distill import distill
 from jaxtune.transport.prepared import Prepared, apply_transport
 from jaxtune.transport.registry import prepare_transport
+from jaxtune.tree import task_vector
 from jaxtune.types import Params
 
 
@@ -40,6 +43,7 @@ class Given:
         config: Of the family.
         source, finetuned, target: Old base, its fine-tune, new base.
         sample: Labelled examples; a way that may not see labels takes them off. None for ways that need none.
+        keep: Unlabelled inputs of the pre-training task, for ways that are to keep it.
         key: Of the methods.
         known: Name of a data-free way -> what it made of this task.
         aligned: Name of a data-free way -> its transport, made once for all tasks of the pair.
@@ -52,6 +56,7 @@ class Given:
     finetuned: Params
     target: Params
     sample: Sample | None
+    keep: Sample | None
     key: jax.Array
     known: dict[str, Any]
     aligned: dict[str, Prepared]
@@ -104,8 +109,27 @@ def transport_by_labels(given, row):
 def distil(given, row):
     """The old base's fine-tune as teacher of the new base, or of what another way made of it."""
     start = given.make(row["start"])
-    sample = given.sample.without_labels()
-    return distill(sample, given.finetuned, start, key=named_key(given.key, "distill"), **row.get("options", {})).params
+    sample, kept = given.sample.without_labels(), given.keep if row.get("is_kept") else None
+    options = dict(key=named_key(given.key, "distill"), base=given.target, support=kept) | row.get("options", {})
+    return distill(sample, given.finetuned, start, **options).params
+
+
+def polish(given, row):
+    """What `--data` does after a transport: distillation at gentle rates, left out where it is not seen to help."""
+    start = given.make(row["start"])
+    as_moved = Prepared(task_vector(given.target, start), Spec({}, {}))
+    kept = given.keep if row.get("is_kept") else None
+    return polish_transport(
+        named_key(given.key, "distill"),
+        as_moved,
+        start,
+        given.finetuned,
+        given.target,
+        given.sample,
+        polish="distill",
+        keep=kept,
+        **row.get("options", {}),
+    )[0]
 
 
 def tune_on_few(given, row):
@@ -148,6 +172,7 @@ WAYS = {
     "transport by inputs": Way(transport_by_inputs),
     "transport by labels": Way(transport_by_labels),
     "distil": Way(distil),
+    "polish": Way(polish),
     "tune": Way(tune_on_few),
     "proxy logits": Way(add_logits),
     "nearest mean": Way(nearest_mean),

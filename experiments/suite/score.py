@@ -53,7 +53,6 @@ def choose_scale(
             task.validation,
             scales,
             embeddings=class_embeddings(task.validation.class_names, config.num_outputs),
-            batch_size=EVAL_BATCH,
         )
         table.append([one.accuracy for one in metrics])
     means = np.mean(table, axis=0)
