@@ -118,6 +118,7 @@ def climb(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[str
                                 size=size,
                                 draw=config.seed + pair.index,
                                 key=named_key(key, task, name),
+                                pair_key=key,
                                 known=known,
                                 aligned=aligned,
                             )

@@ -56,6 +56,7 @@ def measure_sample(
     size: int | str,
     draw: int,
     key: jax.Array,
+    pair_key: jax.Array,
     known: dict[str, Any],
     aligned: dict[str, Prepared],
 ) -> list[dict[str, Any]]:
@@ -71,7 +72,8 @@ def measure_sample(
         keep: Train records of it without labels, for ways that are to keep it.
         size: Number of examples, "2 a class", or 0 for what needs none.
         draw: Seed of the draw.
-        key: Of the methods.
+        key: Of the methods that look at examples.
+        pair_key: Of those that need none.
         known: What data-free ways made of this task, kept for all sizes.
         aligned: What they found between the bases, kept for all tasks.
     """
@@ -79,7 +81,9 @@ def measure_sample(
     if size:
         part = _draw(train, size, draw)
         sample = make_sample(config, part)
-    given = Given(config, bases.source, bases.finetuned, bases.target, sample, keep, key, known, aligned, ways)
+    given = Given(
+        config, bases.source, bases.finetuned, bases.target, sample, keep, key, pair_key, known, aligned, ways
+    )
     rows = []
     for name, way in ways.items():
         if (size == 0) != WAYS[way["way"]].is_free:

@@ -61,8 +61,9 @@ def at_equal_support(
 ) -> tuple[float, float, float] | None:
     """Difference in task accuracy of two ways where both keep the same support, (mean, low, high) over pairs.
 
-    Each way is a curve from the new base to its result. For every pair and task the support compared at is the lower
-    end that both curves reach; each curve's accuracy there is read off between its points.
+    Each way is a line from the new base to its result, measured at `SHARES` of it. For every pair and task the two are
+    compared at the support that the better keeper of the two has at its end; each counts as accurate as the furthest
+    point of its line that keeps as much. That point is chosen by the support, not by the accuracy.
     """
     differences = []
     for index in sorted({row["index"] for row in rows}):
@@ -82,12 +83,13 @@ def at_equal_support(
 
 
 def _read_at(curve, base, level):
-    """The best accuracy among the points of the way, and those between them, that keep at least this support."""
+    """The accuracy at the furthest point of the way, knots or between them, that keeps at least this support."""
     share = np.linspace(0.0, 1.0, 101)
     knots = (0.0, *SHARES)
     accuracy = np.interp(share, knots, [base["accuracy"], *curve["task"]])
     support = np.interp(share, knots, [base["support"], *curve["support"]])
-    return float(accuracy[support >= level].max(initial=base["accuracy"]))
+    kept = np.flatnonzero(support >= level)
+    return float(accuracy[kept[-1]]) if len(kept) else base["accuracy"]
 
 
 def _table(config, rows):

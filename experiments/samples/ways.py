@@ -44,7 +44,8 @@ class Given:
         source, finetuned, target: Old base, its fine-tune, new base.
         sample: Labelled examples; a way that may not see labels takes them off. None for ways that need none.
         keep: Unlabelled inputs of the pre-training task, for ways that are to keep it.
-        key: Of the methods.
+        key: Of the methods that look at the examples.
+        pair_key: Of those that need none; the same for all tasks and sizes of a pair.
         known: Name of a data-free way -> what it made of this task.
         aligned: Name of a data-free way -> its transport, made once for all tasks of the pair.
         ways: All of the config, by name.
@@ -58,6 +59,7 @@ class Given:
     sample: Sample | None
     keep: Sample | None
     key: jax.Array
+    pair_key: jax.Array
     known: dict[str, Any]
     aligned: dict[str, Prepared]
     ways: Mapping[str, Mapping[str, Any]]
@@ -70,13 +72,15 @@ class Given:
         way = WAYS[self.ways[name]["way"]]
         kept = self.known if way.is_free else self.made
         if name not in kept:
-            kept[name] = way.make(self, self.ways[name])
+            if way.is_free and name not in self.aligned:
+                self.aligned[name] = _prepare(self, self.ways[name], self.pair_key)
+            kept[name] = way.make(self, self.ways[name] | {"name": name})
         return kept[name]
 
 
-def _prepare(given: Given, row: Mapping[str, Any], **data: Sample) -> Prepared:
+def _prepare(given: Given, row: Mapping[str, Any], key: jax.Array, **data: Sample) -> Prepared:
     return prepare_transport(
-        named_key(given.key, row["method"]),
+        named_key(key, row["method"]),
         partial(registry.symmetry_of, given.config),
         given.source,
         given.finetuned,
@@ -89,21 +93,18 @@ def _prepare(given: Given, row: Mapping[str, Any], **data: Sample) -> Prepared:
 
 def transport_freely(given, row):
     """A transport that needs no data; aligned once for all tasks."""
-    name = row["method"]
-    if name not in given.aligned:
-        given.aligned[name] = _prepare(given, row)
-    ready = given.aligned[name]
+    ready = given.aligned[row["name"]]
     return apply_transport(replace(ready, task_vector=ready.move(given.finetuned)), given.target)
 
 
 def transport_by_inputs(given, row):
     """A transport that looks at unlabelled inputs."""
-    return apply_transport(_prepare(given, row, sample=given.sample.without_labels()), given.target)
+    return apply_transport(_prepare(given, row, given.key, sample=given.sample.without_labels()), given.target)
 
 
 def transport_by_labels(given, row):
     """A transport that looks at labelled examples."""
-    return apply_transport(_prepare(given, row, sample=given.sample), given.target)
+    return apply_transport(_prepare(given, row, given.key, sample=given.sample), given.target)
 
 
 def distil(given, row):
