@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.compose.composition import Composition, check_models, check_samples
-from jaxtune.compose.scoring import score_all, score_logits
+from jaxtune.compose.scoring import score_all, score_logits, share_of
 from jaxtune.compose.vectors import narrow, widen
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.candidates import combine_candidates
@@ -95,7 +95,7 @@ def lines(
     experts = [widen(finetuned[0]), widen(base)] if is_single else [widen(params) for params in finetuned]
     best = [one["accuracy"] for one in score_all(experts, samples)]
     weights = np.array([2.0, 1.0]) if is_single else np.full(len(samples), 1 / len(samples))
-    shares = np.array([[one["accuracy"] / max(b, 1e-9) for one in task] for task, b in zip(found, best, strict=True)])
+    shares = np.array([[share_of(one["accuracy"], b) for one in task] for task, b in zip(found, best, strict=True)])
     scores = weights @ shares
     chosen = int(np.argmax(scores[:-1]))
     info = {

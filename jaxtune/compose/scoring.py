@@ -73,13 +73,21 @@ def score_all(params: Params | Sequence[Params], samples: Sequence[Sample], **ho
 def mean_score(scores: Sequence[Mapping[str, float]], experts: Sequence[Mapping[str, float]] | None = None) -> float:
     """One number to choose by, the higher the better: mean accuracy, divided by that of each task's expert where given.
 
-    Tasks without labels count by their agreement with the expert.
+    Tasks without labels count by their agreement with the expert, and those whose expert has no example right by their
+    accuracy.
     """
     values = []
     for n, one in enumerate(scores):
         if "accuracy" in one:
-            best = experts[n]["accuracy"] if experts is not None else 1.0
-            values.append(one["accuracy"] / max(best, 1e-9))
+            values.append(share_of(one["accuracy"], experts[n]["accuracy"] if experts is not None else 1.0))
         else:
             values.append(one["agreement"])
     return float(np.mean(values))
+
+
+def share_of(accuracy: float, best: float) -> float:
+    """An accuracy beside the expert's; as it is where the expert has no example right.
+
+    Nothing is a share of 0, and a task with a small stand-in for it would outweigh all others.
+    """
+    return accuracy / best if best > 0 else accuracy
