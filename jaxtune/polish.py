@@ -10,13 +10,13 @@ from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.symmetry.spec import Spec
 from jaxtune.teach.distill import distill
-from jaxtune.teach.weights import whole_weights
 from jaxtune.transport.prepared import Prepared
 from jaxtune.tree import task_vector
 from jaxtune.types import Params
 
 POLISHES = ("none", "distill")
 NUM_HELD, HELD_SHARE = 4, 0.2  # examples that a polish is judged by: at least so many, or this share of them
+RATE_FACTOR = 1 / 3  # of distillation's rates
 
 
 def polish_transport(
@@ -45,7 +45,8 @@ def polish_transport(
         keep: Inputs on which the result is to stay as the new base is; with labels half of the penalty is on them.
         spec: Symmetry of the target, for learn="rotation".
         **options: Of `teach.distill.distill`; of eight examples or more four are held out to judge the polish by, or a
-            fifth if that is more, and it stays out where they do not see it clearly better.
+            fifth if that is more, and it stays out where they do not see it clearly better. Of fewer none are: the
+            middle rate takes all the steps, and nothing judges what comes of it.
 
     Returns:
         (network, prepared): the task vector is what both steps added to the target; `info["polish"]` says what was
@@ -65,7 +66,7 @@ def polish_transport(
     if "held_out" not in options and len(sample) >= 2 * NUM_HELD:
         options["held_out"] = max(HELD_SHARE, NUM_HELD / len(sample))
     if options.get("learn", "weights") == "weights":  # a third of distillation's own rates: they keep the base's skills
-        options.setdefault("learning_rate", tuple(rate / 3 for rate in whole_weights(params).rates))
+        options.setdefault("rate_factor", RATE_FACTOR)
     made = distill(sample.without_labels(), finetuned, params, key=key, base=target, support=keep, spec=spec, **options)
     params = jax.tree.map(np.asarray, made.params)
     info = {**prepared.info, "polish": {"name": polish, "options": options, **made.info}}

@@ -60,6 +60,7 @@ def distill(
     num_steps: int = 150,
     batch_size: int = 64,
     learning_rate: float | Sequence[float] | None = None,
+    rate_factor: float = 1.0,
     held_out: float = 0.2,
     support: Sample | None = None,
     protect: float = 1.0,
@@ -92,6 +93,7 @@ def distill(
         num_steps: With each learning rate.
         batch_size: Examples a step, at most all.
         learning_rate: One, several to choose from, or None: three that go by the size of the weights.
+        rate_factor: Of those three; a rate that is given is taken as it is.
         held_out: Share of the sample that the choice is made by.
         support: Inputs on which the student is to stay as `base` is; where it has labels, half of the penalty is the
             cross-entropy on them (replay).
@@ -140,7 +142,7 @@ def distill(
     return run_descent(
         sample=taught, start=start, learnable=learnable, aim=Aim(loss, keep, protect, anchor, weight_decay),
         key=named_key(key, "distill"), num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate,
-        held_out=held_out, support=kept, base=base, series=series,
+        rate_factor=rate_factor, held_out=held_out, support=kept, base=base, series=series,
     )  # fmt: skip
 
 
@@ -211,6 +213,7 @@ def run_descent(
     batch_size: int,
     learning_rate: float | Sequence[float] | None,
     held_out: float,
+    rate_factor: float = 1.0,
     support: Sample | None = None,
     base: Params | None = None,
     validation: Sample | None = None,
@@ -226,6 +229,7 @@ def run_descent(
         held = validation
     if learning_rate is None:
         rates = learnable.rates if held is not None else learnable.rates[len(learnable.rates) // 2 :][:1]
+        rates = [rate * rate_factor for rate in rates]
     else:
         rates = np.atleast_1d(np.asarray(learning_rate, float)).tolist()
     params, info = descend(
