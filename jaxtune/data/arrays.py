@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtune.data.record_random import record_bits
-from jaxtune.data.source import SPLITS, check_indices, check_split
+from jaxtune.data.source import SPLITS, SplitMissingError, check_indices, check_split
 from jaxtune.errors import DataError
 
 _LAYOUT = (
@@ -123,7 +123,7 @@ def open_npz(
         is_held = cut_by_class(classes, validation_fraction, seed)
     keep = is_held if split == "validation" else ~is_held
     if not keep.any():
-        raise DataError(
+        raise SplitMissingError(
             f"{path}: there is no validation split, and a validation_fraction of {validation_fraction} "
             f"of {len(whole)} train records leaves none for one. Give a larger fraction; "
             "with groups there must be two, else two records of some class."

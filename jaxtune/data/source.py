@@ -25,6 +25,10 @@ FILES = {
 }
 
 
+class SplitMissingError(DataError):
+    """A source holds no validation split, and none was cut from train."""
+
+
 @runtime_checkable
 class DataSource(Protocol):
     """Examples, found by index; a record is the same whenever and with whomever it is asked for.
@@ -89,6 +93,11 @@ def open_source(name: str | Path, split: str, **options: Any) -> DataSource:
 def may_lack_labels(name: str | Path) -> bool:
     """Whether a source of this name has the option `allow_unlabelled`."""
     return str(name).endswith(tuple(FILES))
+
+
+def has_cut(name: str | Path) -> bool:
+    """Whether a source of this name has the option `validation_fraction`: what it does not hold is cut from train."""
+    return str(name).endswith(tuple(FILES)) or str(name).startswith("tfds:")
 
 
 def _import(place):

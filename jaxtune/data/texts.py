@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtune.data.arrays import cut_by_class
-from jaxtune.data.source import check_indices, check_split
+from jaxtune.data.source import SplitMissingError, check_indices, check_split
 from jaxtune.data.text_files import TextFile, read_text_file, stem_of
 from jaxtune.data.tokens import PAD_ID, TOKENS, Given, Tokenizer, Tokens, learn_tokens, pad_tokens
 from jaxtune.errors import DataError, unknown_name
@@ -77,6 +77,7 @@ def open_texts(
     num_hashed: int = 256,
     vocabulary: str | Path | Sequence[str | Path] | None = None,
     tokenizer: Tokenizer | None = None,
+    is_padded: bool = True,
     pad_id: int = PAD_ID,
     validation_fraction: float = 0.1,
     seed: int = 0,
@@ -99,8 +100,8 @@ def open_texts(
             first of the next, so that every token but the very first is predicted once. No labels.
         vocab_size, num_hashed: Of "words".
         vocabulary: The file or files to learn words or characters on instead, so that tasks of several files share ids.
-        tokenizer: The checkpoint's own, instead of `tokens`: texts -> rows of ids, whatever length; trailing `pad_id`
-            are padding.
+        tokenizer: The checkpoint's own, instead of `tokens`: texts -> rows of ids, whatever length.
+        is_padded: Whether trailing `pad_id` of its rows are padding, and no tokens of the text.
         pad_id: Id behind a text; the mask is False there.
         validation_fraction, seed: Of the cut; every class gives its share.
         class_prefix: Put before every class name.
@@ -132,7 +133,7 @@ def open_texts(
     records = _records(file, split, task, validation_fraction, seed)
     name = stem_of(path) if len(file.classes) == 1 else task
     if tokenizer is not None:
-        numbering = Given(tokenizer, pad_id)
+        numbering = Given(tokenizer, pad_id, is_padded=is_padded)
     else:
         learnt_on = (path,) if vocabulary is None else vocabulary
         numbering = learn_tokens(tokens, learnt_on, vocab_size=vocab_size, num_hashed=num_hashed)
@@ -159,7 +160,7 @@ def _records(file: TextFile, split: str, task: str, fraction: float, seed: int):
     is_held = cut_by_class(labels, fraction, seed)
     kept = [record for record, held in zip(train, is_held, strict=True) if held == (split == "validation")]
     if not kept:
-        raise DataError(
+        raise SplitMissingError(
             f"{file.path}: task {task!r} has no validation texts, and a validation_fraction of {fraction} of its "
             f"{len(train)} train texts leaves none for {split}. Give a larger fraction; some class must have two texts."
         )

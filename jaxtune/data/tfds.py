@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtune.data.source import check_indices, check_split
+from jaxtune.data.source import SplitMissingError, check_indices, check_split
 from jaxtune.errors import DataError, unknown_name
 
 
@@ -134,7 +134,7 @@ def _slice_of(name, splits, split, fraction):
     if split == "train":
         return f"train[:{num_records - num_held}]"
     if not num_held:
-        raise DataError(
+        raise SplitMissingError(
             f"tfds:{name}: there is no validation split, and a validation_fraction of {fraction} of {num_records} "
             "train records leaves none for one. Give a larger fraction."
         )

@@ -107,7 +107,9 @@ class Given:
 
     Args:
         tokenizer: Texts -> rows of ids.
-        pad_id: Trailing ones are no part of a row.
+        pad_id: Put behind texts by `pad_tokens`.
+        is_padded: Whether the tokenizer puts them there itself: trailing ones are then no part of a row. Many a
+            vocabulary has a word at that id, so of rows of their own lengths nothing may be cut.
 
     Attributes:
         vocab_size: Past the greatest id met; a tokenizer that is only a function does not say.
@@ -115,8 +117,8 @@ class Given:
 
     start = end = None
 
-    def __init__(self, tokenizer: Tokenizer, pad_id: int = PAD_ID):
-        self._tokenizer, self._pad_id = tokenizer, pad_id
+    def __init__(self, tokenizer: Tokenizer, pad_id: int = PAD_ID, *, is_padded: bool = True):
+        self._tokenizer, self._pad_id, self._is_padded = tokenizer, pad_id, is_padded
         self.vocab_size = pad_id + 1
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -128,7 +130,9 @@ class Given:
         rows = [np.asarray(row) for row in self._tokenizer(list(texts))]
         if len(rows) != len(texts) or any(row.ndim != 1 or (row.size and row.dtype.kind not in "iu") for row in rows):
             raise DataError(f"the tokenizer made {len(rows)} rows of {len(texts)} texts, not a row of ids for each.")
-        kept = [row[: np.max(np.flatnonzero(row != self._pad_id), initial=-1) + 1].tolist() for row in rows]
+        if self._is_padded:
+            rows = [row[: np.max(np.flatnonzero(row != self._pad_id), initial=-1) + 1] for row in rows]
+        kept = [row.tolist() for row in rows]
         self.vocab_size = max([self.vocab_size, *(max(row) + 1 for row in kept if row)])
         return kept
 
