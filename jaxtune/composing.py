@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtune.data.source import DataSource
 from jaxtune.errors import ConfigError
-from jaxtune.loading import Model, open_models
+from jaxtune.loading import Model, load, open_models
 from jaxtune.sample import Sample
 
 Examples = Sample | DataSource | str | Path
@@ -47,17 +47,19 @@ def compose(
         JaxtuneError: models or examples do not fit.
     """
     from jaxtune.compose.registry import compose as run
-    from jaxtune.sampling import make_sample
+    from jaxtune.opening import open_examples
 
     several = [samples] if isinstance(samples, Sample | DataSource | str | Path) else list(samples)
     named = {f"model {n}": model for n, model in enumerate(finetuned)} | {"base": base}
+    named = {role: load(model) if isinstance(model, str | Path) else model for role, model in named.items()}
+    read_by = [named["base"], *named.values()]  # texts: by the tokenizer of the base, where it has one
     trees, config = open_models(named, config)
     ready = []
     for one in several:
         if not isinstance(one, Sample):
             if config is None:
                 raise ConfigError("pass config= (a model config or its dict): bare trees do not say what they compute.")
-            one = make_sample(config, one, split=split, num_examples=num_examples, seed=seed)
+            one = open_examples(config, one, models=read_by, split=split, num_examples=num_examples, seed=seed)
         ready.append(one)
     base = trees.pop("base")
     return run(method, base, list(trees.values()), ready, seed=seed, **options)

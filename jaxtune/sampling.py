@@ -195,7 +195,7 @@ def make_text_sample(
     """Texts for a language model: each token is to be predicted from those before it.
 
     Args:
-        config: Of a model family with logits for every token.
+        config: Of a model family that predicts the next token, see `predicts_tokens`.
         text: Token ids, or a source of texts (`data.open_source("x.jsonl.gz", split, windows=64)`), whose masks are
             taken too.
         mask: True where a token is real; None: all are.
@@ -205,8 +205,14 @@ def make_text_sample(
         text: int[N, L], L at least 2; mask: bool[N, L].
 
     Raises:
+        ConfigError: the network says something of whole texts; `make_sample` makes samples for it.
         DataError: no texts, another shape, or ids outside the model's vocabulary.
     """
+    if not predicts_tokens(config):
+        raise ConfigError(
+            f"{name or getattr(text, 'name', 'texts')}: a {registry.config_to_dict(config)['model_type']} with head "
+            f"{getattr(config, 'head', None)!r} does not predict the next token. make_sample makes samples for it."
+        )
     if isinstance(text, DataSource):
         name = name or f"{text.name} ({text.split})"
         records = text.__getitems__(np.arange(len(text)))

@@ -1,5 +1,6 @@
 """Texts: how lines become records and records tokens, windows that predict every token once, and every refusal."""
 
+import dataclasses
 import gzip
 import json
 import zlib
@@ -121,6 +122,16 @@ def test_bytes_are_those_of_the_models(pets):
     )
     for key, values in all_of(source).items():
         np.testing.assert_array_equal(all_of(given)[key], values)
+
+
+def test_only_rows_that_were_padded_lose_ids_at_their_end(pets):
+    """Id 0 is a word of many a vocabulary."""
+    rows = [[5, 7, 0], [6, 0, 0]]
+    for is_padded, lengths in ((False, [3, 3]), (True, [2, 1])):
+        source = open_source(
+            pets, "test", task="pets", length=4, tokenizer=lambda texts: rows[: len(texts)], is_padded=is_padded
+        )
+        np.testing.assert_array_equal(all_of(source)["mask"].sum(axis=1), lengths)
 
 
 def test_long_texts_keep_their_end_and_are_counted(pets):
@@ -268,7 +279,10 @@ def test_a_sample_for_a_language_model(pets):
     assert (len(sample), sample.name) == (3, "pets+sample(3) (train)")
     np.testing.assert_array_equal(sample.batch["label"], sample.batch["text"][:, 1:])
     with pytest.raises(DataError, match="the vocabulary of the network has 64"):
-        sampling.make_text_sample(TEXT_MODEL, source)
+        sampling.make_text_sample(dataclasses.replace(config, vocab_size=64), source)
+    for other in (TEXT_MODEL, dataclasses.replace(config, head="last", num_outputs=3)):
+        with pytest.raises(ConfigError, match=f"head {other.head!r} does not predict the next token"):
+            sampling.make_text_sample(other, source)
     with pytest.raises(DataError, match="hold image, label and no text"):
         sampling.make_text_sample(config, open_source("digits", "test"))
 

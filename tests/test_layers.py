@@ -54,18 +54,21 @@ MAY_IMPORT["deciding"] = (
     "recipes",
     "stream",
     "sampling",
+    "opening",
     "compose",
     "evaluate",
     "train",
     "report",
     "loading",
 )
+# What a user names as examples, read the way the models read: by their architecture and their tokenizer.
+MAY_IMPORT["opening"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling")
 MAY_IMPORT["adapting"] = (*MAY_IMPORT["loading"], "loading", "adapters")
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate", "recipes")
 MAY_IMPORT["combining"] = (*MAY_IMPORT["loading"], "loading", "merge", "interpolate")
 MAY_IMPORT["polish"] = ALL_ABOVE  # a transport that is done, and what a few examples make of it
 MAY_IMPORT["evaluating"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "evaluate")
-MAY_IMPORT["composing"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "compose")
+MAY_IMPORT["composing"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "opening", "compose")
 for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"):
     above = (
         "stream",
@@ -80,6 +83,7 @@ for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"
         "report",
         "merging",
         "combining",
+        "opening",
         "composing",
         "evaluating",
         "polish",

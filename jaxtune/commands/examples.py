@@ -3,20 +3,16 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxtune import opening
 from jaxtune.checkpoint import Checkpoint
-from jaxtune.data.source import open_source
-from jaxtune.data.stored_tokens import TOKENIZER_NAME, read_tokenizer
-from jaxtune.errors import ConfigError, DataError
+from jaxtune.errors import ConfigError
 from jaxtune.sample import Sample
-from jaxtune.sampling import make_sample, make_text_sample, predicts_tokens
 
 DEFAULT_SAMPLES = 64
-MAX_LENGTH = 256  # tokens of a text whose model would take more
 
 
 @dataclass(frozen=True)
@@ -110,20 +106,9 @@ def open_examples(
     """
     options = dict(_split(pair) for pair in pairs)
     count = DEFAULT_SAMPLES if num_examples is None else num_examples
-    is_text = name.endswith((".jsonl", ".jsonl.gz"))
-    folder = Path(model.path)
-    if is_text and (folder / TOKENIZER_NAME).is_file() and "tokens" not in options:
-        longest = getattr(config, "max_length", None) or getattr(config, "num_positions", None) or MAX_LENGTH
-        options["tokenizer"] = read_tokenizer(folder, max_length=min(longest, MAX_LENGTH))
-    if is_text and predicts_tokens(config):
-        if needs_labels:
-            raise DataError(f"{name}: a language model has no classes to learn labels of; use a method without labels.")
-        source = open_source(name, "train", allow_unlabelled=True, **options)
-        sample = make_text_sample(config, source)
-        if count >= len(sample):
-            return sample
-        return sample.take(np.sort(np.random.RandomState(seed).permutation(len(sample))[:count]))
-    return make_sample(config, name, split="train", num_examples=count, seed=seed, needs_labels=needs_labels, **options)
+    return opening.open_examples(
+        config, name, models=[model], num_examples=count, seed=seed, needs_labels=needs_labels, options=options
+    )
 
 
 def hash_sample(sample: Sample) -> str:

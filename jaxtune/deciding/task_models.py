@@ -11,20 +11,17 @@ from jaxtune.checkpoint import Checkpoint
 from jaxtune.compose.objectives import teach
 from jaxtune.compose.scoring import mean_score, score_all, score_logits
 from jaxtune.compose.vectors import widen
-from jaxtune.data.parts import take_sample
-from jaxtune.data.source import open_source
 from jaxtune.errors import ConfigError, DataError, UnknownNameError
 from jaxtune.evaluate.candidates import stack_candidates
 from jaxtune.evaluate.logits import Logits
 from jaxtune.evaluate.many import score_many
 from jaxtune.loading import check_same_architecture, load
-from jaxtune.models import decoder
+from jaxtune.opening import open_examples
 from jaxtune.recipes.examples import Examples
 from jaxtune.recipes.references import ModelReference, find_folder
 from jaxtune.recipes.resolve import resolve
 from jaxtune.recipes.schema import Recipe
 from jaxtune.sample import Sample
-from jaxtune.sampling import make_sample, make_text_sample
 from jaxtune.stream.hold import merge_in_memory
 from jaxtune.tree import unflatten
 from jaxtune.types import Params
@@ -105,15 +102,16 @@ def open_task_models(recipe: Recipe) -> TaskModels:
         raise data.node.error(f"examples need models whose network is known here. {error}", at_key=True) from error
     finetuned = tuple(opened[str(entry.model)] for entry in recipe.models)
     base = opened[str(recipe.base_model)] if recipe.base_model is not None else None
+    read_by = [one for one in (base, *finetuned) if one is not None]
     if "" in data.sources:
-        samples = (_sample(config, data.sources[""], recipe),)
+        samples = (_sample(config, data.sources[""], recipe, read_by),)
     else:
         lacking = [str(entry.model) for entry in recipe.models if str(entry.model) not in data.sources]
         if lacking:
             raise data.node.get("sources").error(
                 f"no examples of {', '.join(lacking)}. Name a source for each model, or one source for all."
             )
-        samples = tuple(_sample(config, data.sources[str(entry.model)], recipe) for entry in recipe.models)
+        samples = tuple(_sample(config, data.sources[str(entry.model)], recipe, read_by) for entry in recipe.models)
     return TaskModels(recipe, base, finetuned, samples, config)
 
 
@@ -121,21 +119,17 @@ def _open(reference: ModelReference, recipe: Recipe) -> Checkpoint:
     return load(find_folder(reference.path, reference.revision, recipe.node, recipe.folder), lazy=False)
 
 
-def _sample(config, examples: Examples, recipe: Recipe) -> Sample:
-    """Examples of one task; those of a language model are texts."""
+def _sample(config, examples: Examples, recipe: Recipe, models: Sequence[Checkpoint]) -> Sample:
+    """Examples of one task, as all its models read them."""
     data, name = recipe.data, examples.name
     beside = None if recipe.folder is None else recipe.folder / name
     if beside is not None and not Path(name).exists() and beside.exists():
         name = str(beside)
-    how = {"split": examples.split, **examples.options}
     try:
-        if isinstance(config, decoder.Config):
-            split = how.pop("split")
-            source = open_source(name, split, **how)
-            return make_text_sample(
-                config, take_sample(source, data.samples, seed=data.seed) if data.samples else source
-            )
-        return make_sample(config, name, num_examples=data.samples, seed=data.seed, **how)
+        return open_examples(
+            config, name, models=models, split=examples.split, num_examples=data.samples, seed=data.seed,
+            options=examples.options,
+        )  # fmt: skip
     except (ConfigError, DataError, UnknownNameError) as error:
         raise examples.node.error(str(error)) from error
 
