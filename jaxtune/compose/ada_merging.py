@@ -12,12 +12,14 @@ from jaxtune.compose.vectors import BuildGroups, Groups, build_tasks, groups_of,
 from jaxtune.errors import unknown_name
 from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.types import Params
 
 OBJECTIVES = {"entropy": objectives.entropy, "expert": objectives.expert}
 LEVELS = ("task", "layer")
 
 
+@own_states()
 def ada_merging(
     base: Params,
     finetuned: Sequence[Params],

@@ -15,10 +15,12 @@ from jaxtune.compose.vectors import stack_vectors
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.tree import flatten, unflatten
 from jaxtune.types import Params
 
 
+@own_states()
 def ada_rank(
     base: Params,
     finetuned: Sequence[Params],

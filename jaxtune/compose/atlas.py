@@ -17,11 +17,13 @@ from jaxtune.compose.vectors import BuildGroups, Groups, groups_of, stack_vector
 from jaxtune.errors import ConfigError, DataError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.types import Params
 
 MIN_BATCHES = 10  # of an epoch over few examples
 
 
+@own_states()
 def atlas(
     base: Params,
     finetuned: Sequence[Params],
@@ -82,6 +84,7 @@ def atlas(
     )  # fmt: skip
 
 
+@own_states()
 def atlas_negation(
     base: Params,
     finetuned: Sequence[Params],
@@ -143,6 +146,7 @@ def atlas_negation(
     )  # fmt: skip
 
 
+@own_states()
 def atlas_few_shot(
     base: Params,
     finetuned: Sequence[Params],
@@ -182,6 +186,7 @@ def atlas_few_shot(
     )  # fmt: skip
 
 
+@own_states()
 def atlas_test_time(
     base: Params,
     finetuned: Sequence[Params],

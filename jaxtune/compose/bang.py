@@ -13,11 +13,13 @@ from jaxtune.errors import ConfigError
 from jaxtune.interpolate.line import interpolate_linear
 from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.train.step import cross_entropy, mix_images
 from jaxtune.tree import check_finite
 from jaxtune.types import Params
 
 
+@own_states("weight", "reports")
 def bang(
     base: Params,
     sample: Sample,

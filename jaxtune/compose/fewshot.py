@@ -11,10 +11,12 @@ from jaxtune.sample import Sample
 from jaxtune.teach.descent import Aim, Series
 from jaxtune.teach.distill import Distilled, choose_learnable, run_descent
 from jaxtune.train.lora import DEFAULT_PATTERNS
+from jaxtune.train.same_run import own_states
 from jaxtune.tree import check_finite
 from jaxtune.types import Params
 
 
+@own_states()
 def tune_few(
     sample: Sample,
     start: Params,

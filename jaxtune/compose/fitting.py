@@ -21,7 +21,7 @@ from jaxtune.rng import named_key
 from jaxtune.sample import Sample, example_losses, weighted_mean
 from jaxtune.train.checkpoints import StateSeries
 from jaxtune.train.optimizer import make_optimizer, make_schedule
-from jaxtune.train.same_run import check_settings
+from jaxtune.train.same_run import check_settings, own_states
 from jaxtune.tree import flatten, is_float, unflatten
 from jaxtune.types import Params
 
@@ -101,6 +101,7 @@ class Fitted:
     step: int
 
 
+@own_states()
 def fit(
     objective: Objective,
     start: Mapping[str, Any],

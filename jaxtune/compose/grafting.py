@@ -17,12 +17,14 @@ from jaxtune.errors import ConfigError
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample, example_losses, weighted_mean
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.tree import flatten
 from jaxtune.types import Params
 
 SHIFT = 10.0  # a mask moves away from where it started only where its logit has grown by about so much
 
 
+@own_states("weight")
 def graft(
     base: Params,
     finetuned: Sequence[Params],

@@ -17,12 +17,14 @@ from jaxtune.compose.vectors import narrow
 from jaxtune.errors import ConfigError, DataError, unknown_name
 from jaxtune.sample import Batch, Sample
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.tree import flatten, is_float, unflatten
 from jaxtune.types import Params
 
 PER = ("model", "leaf")
 
 
+@own_states()
 def learned_soup(
     base: Params,
     finetuned: Sequence[Params],

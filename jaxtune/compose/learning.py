@@ -20,7 +20,7 @@ from jaxtune.errors import ConfigError, NonFiniteError
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
-from jaxtune.train.same_run import check_settings
+from jaxtune.train.same_run import check_settings, own_states
 from jaxtune.tree import flatten, is_float, unflatten
 from jaxtune.types import Params
 
@@ -73,6 +73,7 @@ class Learned:
     step: int
 
 
+@own_states()
 def learn(
     build: Build,
     fixed: Any,

@@ -15,6 +15,7 @@ from jaxtune.evaluate.line import evaluate_line
 from jaxtune.models.readout import normalise_features, read_out
 from jaxtune.sample import Sample, example_losses, weighted_mean
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.tree import check_same, flatten
 from jaxtune.types import Params
 
@@ -23,6 +24,7 @@ POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 PULL = {"weights": 1.0, "features": 10.0}
 
 
+@own_states()
 def mergetune(
     base: Params,
     finetuned: Sequence[Params],

@@ -16,10 +16,12 @@ from jaxtune.errors import ConfigError
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.tree import flatten, unflatten
 from jaxtune.types import Params
 
 
+@own_states()
 def sca_learn(
     base: Params,
     finetuned: Sequence[Params],

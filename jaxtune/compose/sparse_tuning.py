@@ -16,6 +16,7 @@ from jaxtune.compose.masks import largest, matching
 from jaxtune.errors import ConfigError
 from jaxtune.sample import Sample, example_losses, weighted_mean
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.tree import check_finite
 from jaxtune.types import Params
 
@@ -35,6 +36,7 @@ class SparseTune:
     info: dict[str, Any]
 
 
+@own_states()
 def tune_sparse(
     base: Params,
     sample: Sample,

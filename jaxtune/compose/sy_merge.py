@@ -13,10 +13,12 @@ from jaxtune.compose.vectors import BuildGroups, groups_of, stack_vectors
 from jaxtune.errors import ConfigError
 from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
+from jaxtune.train.same_run import own_states
 from jaxtune.tree import flatten
 from jaxtune.types import Params
 
 
+@own_states()
 def sy_merge(
     base: Params,
     finetuned: Sequence[Params],

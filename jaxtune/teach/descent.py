@@ -19,7 +19,7 @@ from jaxtune.rng import named_key
 from jaxtune.sample import Sample
 from jaxtune.teach.order import Order
 from jaxtune.teach.weights import Learnable
-from jaxtune.train.same_run import check_settings
+from jaxtune.train.same_run import check_settings, own_states
 from jaxtune.tree import flatten, is_float, unflatten
 from jaxtune.types import Params
 
@@ -78,7 +78,7 @@ class DescentState:
 
     Shapes:
         step, best_step: int32[]. Steps of all learning rates together.
-        best_each: float32[held]. The loss of every held-out example where the numbers were best.
+        best_each: float32[held], at least 1. The loss of every held-out example where the numbers were best.
         scores: float32[R, 1 + rounds] of held-out examples, NaN where a round is still to come or none are held.
         losses: float32[R, rounds]. Mean of the loss over the steps of a round.
     """
@@ -94,6 +94,7 @@ class DescentState:
     losses: Any
 
 
+@own_states()
 def descend(
     learnable: Learnable,
     aim: Aim,
@@ -218,7 +219,7 @@ def _first_state(learnable, num_rates, num_rounds, num_held):
     return DescentState(
         numbers=learnable.numbers, opt_state=ADAM.init(learnable.numbers), step=jnp.zeros((), jnp.int32),
         best=learnable.numbers, best_score=jnp.asarray(jnp.inf, jnp.float32), best_step=jnp.zeros((), jnp.int32),
-        best_each=jnp.full(num_held, jnp.inf, jnp.float32),
+        best_each=jnp.full(max(num_held, 1), jnp.inf, jnp.float32),  # orbax keeps no empty array
         scores=nans(num_rates, 1 + num_rounds), losses=nans(num_rates, num_rounds),
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from jaxtune.symmetry.spec import Spec
 from jaxtune.teach.descent import Aim, Series, descend, hold_out, round_to
 from jaxtune.teach.weights import Learnable, block_scales, low_rank, turned_scales, whole_weights
 from jaxtune.train.lora import DEFAULT_PATTERNS
+from jaxtune.train.same_run import own_states
 from jaxtune.tree import check_finite, check_same
 from jaxtune.types import Params
 
@@ -47,6 +48,7 @@ class KeepLoss:
         return (kept + LabelLoss(self.forward)(params, batch)) / 2 if self.has_labels else kept
 
 
+@own_states()
 def distill(
     sample: Sample,
     teacher: Params,

@@ -15,7 +15,7 @@ from jaxtune.sample import Batch, Sample, example_divergences
 from jaxtune.teach.descent import Aim, Series, descend, round_to
 from jaxtune.teach.distill import Distilled, KeepLoss, told
 from jaxtune.teach.weights import whole_weights
-from jaxtune.train.same_run import check_settings
+from jaxtune.train.same_run import check_settings, own_states
 from jaxtune.tree import check_finite
 from jaxtune.types import Params
 
@@ -57,6 +57,7 @@ class ForwardLoss:
         return example_divergences(ask(self.forward, params, batch), batch["teacher"], batch)
 
 
+@own_states()
 def distill_on_policy(
     prompts: Sample,
     teacher: Params,
