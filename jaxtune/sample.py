@@ -58,10 +58,15 @@ class Sample:
         indices = np.asarray(indices, np.int64)
         return replace(self, batch={name: values[indices] for name, values in self.batch.items()})
 
-    def split(self, fraction: float, *, seed: int = 0) -> tuple["Sample", "Sample"]:
+    def split(self, fraction: float, *, seed: int = 0, by_class: bool = True) -> tuple["Sample", "Sample"]:
         """(the rest, a share of the examples drawn by chance): what a method chooses by, kept from what it learns on.
 
-        Where labels are known every class gives its share, as far as it has two examples.
+        Where labels are known every class gives its share; an only example is of the rest as long as others are left.
+
+        Args:
+            fraction: The share.
+            seed: Of the draw.
+            by_class: False: as if there were no labels, which both parts keep; for what must not go by them.
 
         Raises:
             ConfigError: the share is not between 0 and 1.
@@ -70,13 +75,13 @@ class Sample:
         if not 0 < fraction < 1:
             raise ConfigError(f"the share of examples that is kept apart is {fraction}; it must lie between 0 and 1.")
         order = np.random.RandomState(seed).permutation(len(self))  # a stream that NumPy never changes
-        if self.is_labelled and self.batch["label"].ndim == 1:
+        if by_class and self.is_labelled and self.batch["label"].ndim == 1:
             labels = self.batch["label"][order]
             # Position of each example within its class, as a share of the class: the last ones of every class are held.
             place = np.empty(len(order))
             for label in np.unique(labels):
                 rows = np.flatnonzero(labels == label)
-                place[rows] = (np.arange(len(rows)) + 1) / len(rows)
+                place[rows] = (np.arange(len(rows)) + 0.5) / len(rows) if len(rows) > 1 else 0
             order = order[np.argsort(place, kind="stable")]
         num_held = round(fraction * len(order))
         if not 0 < num_held < len(order):
@@ -108,15 +113,20 @@ def inputs_of(batch: Batch) -> dict[str, Any]:
     return {name: values for name, values in batch.items() if name not in ("label", "valid", "weight")}
 
 
-def example_losses(logits: jax.Array, batch: Batch) -> jax.Array:
+def example_losses(logits: jax.Array, batch: Batch, *, label_smoothing: float = 0.0) -> jax.Array:
     """Cross-entropy of every example against `batch["label"]`, in nats; of P predictions the mean of the valid ones.
+
+    Args:
+        label_smoothing: Share of each target that is spread evenly over the C classes.
 
     Shapes:
         logits: float[N, C] or float[N, P, C]; result: float32[N], 0 where no prediction is valid.
     """
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     on_label = jnp.take_along_axis(log_probabilities, batch["label"][..., None].astype(jnp.int32), axis=-1)[..., 0]
-    return _mean_of_valid(-on_label, batch)
+    if label_smoothing:
+        on_label = (1 - label_smoothing) * on_label + label_smoothing * jnp.mean(log_probabilities, axis=-1)
+    return mean_of_valid(-on_label, batch)
 
 
 def example_divergences(logits: jax.Array, teacher: jax.Array, batch: Batch, *, temperature: float = 1.0) -> jax.Array:
@@ -129,7 +139,7 @@ def example_divergences(logits: jax.Array, teacher: jax.Array, batch: Batch, *, 
         Hinton et al. 2015, arXiv:1503.02531.
     """
     ours, theirs = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature, axis=-1) for x in (logits, teacher))
-    return _mean_of_valid(temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), batch)
+    return mean_of_valid(temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), batch)
 
 
 def example_entropies(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -139,7 +149,7 @@ def example_entropies(logits: jax.Array, batch: Batch) -> jax.Array:
         logits: float[N, C] or float[N, P, C]; result: float32[N].
     """
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return _mean_of_valid(-jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1), batch)
+    return mean_of_valid(-jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1), batch)
 
 
 def weighted_mean(values: jax.Array, batch: Batch) -> jax.Array:
@@ -150,8 +160,12 @@ def weighted_mean(values: jax.Array, batch: Batch) -> jax.Array:
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
-def _mean_of_valid(values, batch):
-    """float[N] or float[N, P] -> float[N]."""
+def mean_of_valid(values: jax.Array, batch: Batch) -> jax.Array:
+    """Of P predictions an example the mean of those that count, 0 where none does; of one prediction that itself.
+
+    Shapes:
+        values: float[N] or float[N, P]; result: float[N].
+    """
     if values.ndim == 1:
         return values
     valid = batch.get("valid")

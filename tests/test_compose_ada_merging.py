@@ -8,9 +8,10 @@ import pytest
 from toy_tasks import Linear, add, forward64, make_base, make_task, make_vectors, minimise, softmax, wide
 
 import jaxtune as jt
-from jaxtune.compose import registry
+from jaxtune.compose import objectives, registry
 from jaxtune.compose.registry import compose
 from jaxtune.errors import ConfigError, DataError, UnknownNameError
+from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
 
 BASE = make_base()
@@ -63,7 +64,6 @@ def test_an_expert_that_is_a_mixture_is_found_again():
     teacher = add(BASE, VECTORS, [{path: c[n] for path, c in planted.items()} for n in range(2)])
     vectors = [VECTORS[0], VECTORS[1]]
     samples = [make_task(teacher, seed=n, size=200, labelled=False) for n in range(2)]
-    from jaxtune.compose import objectives
     from jaxtune.compose.learning import learn
     from jaxtune.compose.vectors import build_blocks, stack_vectors
 
@@ -79,7 +79,7 @@ def test_an_expert_that_is_a_mixture_is_found_again():
 
 
 def test_what_is_reported_was_not_learned_on():
-    held = [sample.split(0.25)[1] for sample in SAMPLES]
+    held = [sample.split(0.25, by_class=False)[1] for sample in SAMPLES]
     found = compose("ada_merging", BASE, EXPERTS, SAMPLES, num_steps=3, batch_size=8)
     for one, sample in zip(found.info["validation"]["learned"], held, strict=True):
         logits = np.asarray(Linear()(found.params, sample.batch))
@@ -95,11 +95,24 @@ def test_what_is_reported_was_not_learned_on():
     assert found.info["validation"] != other.info["validation"]
 
 
-def test_labels_change_nothing_but_the_split_and_the_report():
-    unlabelled = [sample.without_labels() for sample in SAMPLES]
-    with_labels = compose("ada_merging", BASE, EXPERTS, SAMPLES, num_steps=3, validation=0.0)
-    without = compose("ada_merging", BASE, EXPERTS, unlabelled, num_steps=3, validation=0.0)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ada_merging", {"is_best_kept": True}),
+        ("ada_rank", {}),
+        ("sy_merge", {"layer": "block_1/*"}),
+        ("atlas_test_time", {"num_epochs": 1, "objective": "entropy"}),
+    ],
+)
+def test_labels_change_nothing_but_the_report(method, options):
+    """Nor which examples are learned on: a split class by class would let them in by the back door."""
+    if method != "atlas_test_time":
+        options = {"num_steps": 3, **options}
+    samples = SAMPLES[:1] if method == "atlas_test_time" else SAMPLES
+    unlabelled = [sample.without_labels() for sample in samples]
+    with_labels, without = (compose(method, BASE, EXPERTS, given, **options) for given in (samples, unlabelled))
     jax.tree.map(np.testing.assert_array_equal, with_labels.coefficients, without.coefficients)
+    assert "accuracy" in with_labels.info["validation"]["learned"][0]
     assert "accuracy" not in without.info["validation"]["learned"][0]
 
 
@@ -123,6 +136,16 @@ def test_unsure_examples_are_left_out():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), sure.coefficients, same.coefficients)
     with pytest.raises(ConfigError, match=r"task 0: its expert is sure of no example"):
         compose("ada_merging", BASE, EXPERTS, SAMPLES, objective="expert", confidence=1.1, num_steps=1)
+
+
+def test_padding_says_nothing_about_how_sure_an_expert_is():
+    """The first text is foretold surely and is mostly padding; the second the other way round."""
+    logits = np.zeros((2, 4, 3), np.float32)
+    logits[0, :1, 0] = logits[1, 1:, 0] = 9.0
+    valid = np.array([[1, 0, 0, 0]] * 2, bool)
+    sample = Sample("texts", {"logits": logits, "valid": valid}, lambda params, batch: batch["logits"] + params["x"])
+    taught = objectives.teach(sample, {"x": np.float32(0)}, confidence=0.9)
+    np.testing.assert_array_equal(taught.batch["weight"], [1.0, 0.0])
 
 
 def test_leaves_of_one_group_share_their_coefficients():

@@ -75,7 +75,9 @@ def ada_merging(
         raise unknown_name("objective", objective, OBJECTIVES)
     check_models(base, finetuned)
     check_samples(finetuned, samples)
-    learned_on, held = split_samples(samples, validation, seed, experts=finetuned, confidence=confidence)
+    learned_on, held = split_samples(
+        samples, validation, seed, by_class=False, experts=finetuned, confidence=confidence
+    )
     fixed, num_tasks = stack_vectors(base, finetuned), len(finetuned)
     if level == "task":
         build, first = build_tasks, np.full(num_tasks, start, np.float32)

@@ -75,7 +75,9 @@ def ada_rank(
         raise ConfigError(f"start_rank is {start_rank}; it is a share, between 0 and 1.")
     check_models(base, finetuned)
     check_samples(finetuned, samples)
-    learned_on, held = split_samples(samples, validation, seed, experts=finetuned, confidence=confidence)
+    learned_on, held = split_samples(
+        samples, validation, seed, by_class=False, experts=finetuned, confidence=confidence
+    )
     fixed = decompose(stack_vectors(base, finetuned), matrices)
     count = len(finetuned)
     mask = {}

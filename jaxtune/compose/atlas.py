@@ -235,7 +235,7 @@ def atlas_test_time(
         raise unknown_name("objective", objective, known)
     check_models(base, finetuned)
     blocks = _blocks(base, finetuned, groups, partition, start, seed)
-    (learned_on,), held = split_samples([sample], validation, seed)
+    (learned_on,), held = split_samples([sample], validation, seed, by_class=False)
     learned_on = learned_on.without_labels()
     if objective == "pseudo_labels":
         build, fixed, first = blocks

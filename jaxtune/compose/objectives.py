@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.errors import ConfigError
-from jaxtune.sample import Sample, example_divergences, example_entropies, example_losses, weighted_mean
+from jaxtune.sample import Sample, example_divergences, example_entropies, example_losses, mean_of_valid, weighted_mean
 from jaxtune.types import Params
 
 Batch = Mapping[str, Any]
@@ -69,7 +69,7 @@ def teach(sample: Sample, params: Params, *, confidence: float = 0.0, batch_size
 
     Args:
         params: Of the expert.
-        confidence: Least probability of the expert's first class; of P predictions an example, of their mean.
+        confidence: Least probability of the expert's first class; of P predictions, mean of those that count.
         batch_size: Examples at a time.
 
     Raises:
@@ -82,9 +82,7 @@ def teach(sample: Sample, params: Params, *, confidence: float = 0.0, batch_size
     logits = logits_of(sample, params, batch_size=batch_size)
     added = {"teacher": logits}
     if confidence > 0:
-        sure = np.max(np.asarray(jax.nn.softmax(logits, axis=-1)), axis=-1)
-        while sure.ndim > 1:
-            sure = sure.mean(axis=-1)
+        sure = np.asarray(mean_of_valid(jnp.max(jax.nn.softmax(logits, axis=-1), axis=-1), sample.batch))
         added["weight"] = (sure >= confidence).astype(np.float32)
         if not added["weight"].any():
             raise ConfigError(

@@ -53,6 +53,7 @@ def split_samples(
     validation: float,
     seed: int,
     *,
+    by_class: bool = True,
     experts: Sequence[Params] | None = None,
     confidence: float = 0.0,
 ) -> tuple[list[Sample], list[Sample]]:
@@ -61,10 +62,11 @@ def split_samples(
     Args:
         validation: Share of the second; 0: both are all.
         seed: Of the split.
+        by_class: As `Sample.split`; False where labels are for reporting alone, so that they change nothing.
         experts: Each task's fine-tune, to say what it predicts (`objectives.teach`).
         confidence: As `objectives.teach`, of what is learned on.
     """
-    parts = [sample.split(validation, seed=seed) if validation else (sample, sample) for sample in samples]
+    parts = [one.split(validation, seed=seed, by_class=by_class) if validation else (one, one) for one in samples]
     learned_on, held = ([pair[n] for pair in parts] for n in range(2))
     if experts is not None:
         experts = [widen(params) for params in experts]

@@ -66,7 +66,9 @@ def sy_merge(
     if not own or len(own) == len(fixed["vectors"]):
         some = ", ".join(list(fixed["vectors"])[-4:])
         raise ConfigError(f"layer= {layer!r} matches {len(own)} of {len(fixed['vectors'])} leaves ({some}, ...).")
-    learned_on, held = split_samples(samples, validation, seed, experts=finetuned, confidence=confidence)
+    learned_on, held = split_samples(
+        samples, validation, seed, by_class=False, experts=finetuned, confidence=confidence
+    )
     flats = [flatten(params) for params in finetuned]
     first = {path: np.full(count, start, np.float32) for path in fixed["vectors"]}
     found = learn_composition(
