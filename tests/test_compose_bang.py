@@ -10,6 +10,7 @@ from jaxtune.compose.bang import Smoothed, bang, report_confidence
 from jaxtune.compose.fitting import Recipe, fit, join, split, supervised
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.interpolate.line import interpolate_linear
+from jaxtune.sample import Sample
 from jaxtune.train.checkpoints import StateSeries
 from jaxtune.train.step import mix_images
 
@@ -57,6 +58,33 @@ def test_the_loss_is_that_of_both_ends_of_each_mixture():
     ]
     value = Smoothed(0.2, 0.7)(task.forward, moving, {}, SAMPLE.batch, key)
     assert value == pytest.approx(float(share) * ends[0] + (1 - float(share)) * ends[1], rel=1e-5)
+
+
+def next_token(params, batch):
+    return params["table"][batch["text"][:, :-1]]
+
+
+def test_of_texts_every_token_that_counts_is_smoothed():
+    """The loss of a table of bigrams, by hand: padding takes no part, whatever stands there."""
+    draw = np.random.default_rng(0)
+    text, mask = draw.integers(0, 5, (3, 4)).astype(np.int32), np.arange(4)[None] < np.array([[4], [2], [3]])
+    table = draw.normal(size=(5, 5)).astype(np.float32)
+    batch = {"text": text, "mask": mask, "label": text[:, 1:], "valid": mask[:, 1:]}
+    sample = Sample("texts", batch, next_token)
+    logs = table - np.log(np.exp(table).sum(1, keepdims=True))
+    each = [
+        np.mean(
+            [-(0.8 * logs[a, b] + 0.2 * logs[a].mean()) for a, b, ok in zip(row, row[1:], v[1:], strict=False) if ok]
+        )
+        for row, v in zip(text, mask, strict=True)
+    ]
+    value = Smoothed(0.2, 0.0)(next_token, {"table": table}, {}, batch, jax.random.key(0))
+    assert value == pytest.approx(np.mean(each), rel=1e-5)
+    found = bang({"table": table}, sample, label_smoothing=0.2, recipe=Recipe(30, 0.1, 3), weight=1.0)
+    assert found.info["loss"][0] == pytest.approx(np.mean(each), rel=1e-5)
+    assert found.info["loss"][-1] < found.info["loss"][0]
+    with pytest.raises(DataError, match="mixup mixes images"):
+        bang({"table": table}, sample, mixup=1.0, recipe=Recipe(1))
 
 
 def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path, monkeypatch):

@@ -11,10 +11,10 @@ from jaxtune.compose.fitting import Recipe, check_labelled, fit, join, narrow, s
 from jaxtune.compose.measuring import measure
 from jaxtune.errors import ConfigError
 from jaxtune.interpolate.line import interpolate_linear
-from jaxtune.sample import Sample
+from jaxtune.sample import Sample, example_losses, weighted_mean
 from jaxtune.train.checkpoints import StateSeries
 from jaxtune.train.same_run import own_states
-from jaxtune.train.step import cross_entropy, mix_images
+from jaxtune.train.step import mix_images
 from jaxtune.tree import check_finite
 from jaxtune.types import Params
 
@@ -40,7 +40,7 @@ def bang(
     Args:
         base: The zero-shot model.
         sample: Labelled examples to fine-tune on.
-        label_smoothing: Share of each target that is spread evenly over the classes.
+        label_smoothing: Share of each target that is spread evenly over the classes, or tokens.
         mixup: α of Beta(α, α); 0 mixes nothing. Images only.
         weight: Of the fine-tune in the average.
         recipe: How to train; None: `Recipe()`.
@@ -96,7 +96,10 @@ class Smoothed:
         if self.mixup:
             batch, others, share = mix_images(key, batch, self.mixup)
         logits = forward(join(numbers, fixed), batch)
-        loss = cross_entropy(logits, batch["label"], self.label_smoothing)
+        loss = self._loss(logits, batch)
         if others is not None:
-            loss = share * loss + (1 - share) * cross_entropy(logits, others, self.label_smoothing)
+            loss = share * loss + (1 - share) * self._loss(logits, {**batch, "label": others})
         return loss
+
+    def _loss(self, logits, batch):
+        return weighted_mean(example_losses(logits, batch, label_smoothing=self.label_smoothing), batch)
