@@ -11,6 +11,7 @@ from jaxtune.errors import ConfigError, DataError
 from jaxtune.evaluate.fisher import estimate_fisher
 from jaxtune.merge.arrays import merge_trees
 from jaxtune.merge.registry import METHODS
+from jaxtune.sample import Sample
 from jaxtune.tree import flatten
 
 
@@ -65,6 +66,22 @@ def test_the_best_on_the_held_out_part_is_chosen(count):
     np.testing.assert_allclose(hits, rows[found.info["chosen"]]["accuracy"])
     assert np.mean(hits) >= np.mean(rows[0 if count > 2 else 5]["accuracy"])
     assert jax.tree.structure(found.params) == jax.tree.structure(base)
+
+
+def next_token(params, batch):
+    return params["table"][batch["text"][:, :-1]]
+
+
+def test_language_models_are_searched_by_their_tokens():
+    draw = np.random.default_rng(0)
+    tables = [{"table": draw.normal(size=(4, 4)).astype(np.float32)} for _ in range(2)]
+    text, mask = draw.integers(0, 4, (8, 5)).astype(np.int32), np.arange(5)[None] < draw.integers(2, 6, (8, 1))
+    sample = Sample("texts", {"text": text, "mask": mask, "label": text[:, 1:], "valid": mask[:, 1:]}, next_token)
+    found = fisher_search(tables[0], tables, [sample, sample], num_candidates=3)
+    held = sample.split(0.5)[1]
+    hits = np.argmax(next_token(found.params, held.batch), -1) == held.batch["label"]
+    chosen = found.info["candidates"][found.info["chosen"]]
+    assert chosen["accuracy"] == pytest.approx([hits[held.batch["valid"]].mean()] * 2)
 
 
 def test_what_cannot_be_searched_is_refused(case):

@@ -106,6 +106,14 @@ def test_texts_that_cannot_be_measured_are_refused():
         evaluate_texts(model, texts().without_labels())
     with pytest.raises(NonFiniteError, match="model 0 are NaN, first for text 0"):
         evaluate_texts(one_candidate({"table": np.full((5, 5), np.nan, np.float32)}), texts())
+    with pytest.raises(DataError, match=r"texts: expected one label an example, got labels \[5, 5\]"):
+        evaluate_many(model, texts().forward, texts())
+    with pytest.raises(DataError, match="texts: expected one label an example"):
+        measure_flips(model.take(0), model, texts())
+    with pytest.raises(DataError, match="texts: expected one label an example"):
+        trace_wise_ft(model.take(0), model.take(0), {"test": texts()})
+    with pytest.raises(DataError, match="noisy: the examples have no labels"):
+        measure_flips(BASE, one_candidate(OTHER), shifted_task().without_labels())
     uniform = evaluate_texts(one_candidate({"table": np.zeros((5, 5), np.float32)}), texts())[0]
     assert uniform.perplexity == pytest.approx(5)
 

@@ -12,7 +12,7 @@ from jaxtune.compose.composition import Composition, check_models, check_samples
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate.candidates import Candidates
 from jaxtune.evaluate.fisher import estimate_fisher
-from jaxtune.evaluate.many import evaluate_many
+from jaxtune.evaluate.language import evaluate_sample
 from jaxtune.merge.arrays import merge_trees
 from jaxtune.merge.registry import METHODS as MERGE_METHODS
 from jaxtune.rng import named_key
@@ -45,7 +45,7 @@ def fisher_search(
     Args:
         base: Gives the dtypes of the result.
         finetuned: The models; the first is the target of `favor_target`.
-        samples: Labelled examples of each model's task.
+        samples: Labelled examples of each model's task, or texts for a language model.
         labels: Of `evaluate.fisher.estimate_fisher`: "exact", "sampled" or "empirical".
         normalize, floor, favor_target: Of merge method "fisher".
         num_candidates: K.
@@ -76,7 +76,7 @@ def fisher_search(
     weights = draw_coefficients(len(finetuned), num_candidates, seed=seed)
     options = {"normalize": normalize, "floor": floor, "favor_target": favor_target}
     candidates = fisher_candidates(finetuned, fishers, weights, **options)
-    metrics = [evaluate_many(candidates, held.forward, held) for _, held in parts]  # [tasks][candidates]
+    metrics = [evaluate_sample(candidates, held) for _, held in parts]  # [tasks][candidates]
     accuracy = np.array([[one.accuracy for one in row] for row in metrics])
     loss = np.array([[one.loss for one in row] for row in metrics])
     best = min(range(len(weights)), key=lambda k: (-accuracy[:, k].mean(), loss[:, k].mean(), k))

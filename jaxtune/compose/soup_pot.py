@@ -11,8 +11,7 @@ import numpy as np
 from jaxtune.compose.vectors import narrow
 from jaxtune.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError, unknown_name
 from jaxtune.evaluate.candidates import mix_candidates, one_candidate, stack_candidates
-from jaxtune.evaluate.language import evaluate_texts
-from jaxtune.evaluate.many import evaluate_many
+from jaxtune.evaluate.language import evaluate_sample
 from jaxtune.interpolate.repair import Observe, find_norms, reset_statistics
 from jaxtune.models import registry
 from jaxtune.sample import Sample, inputs_of
@@ -91,10 +90,7 @@ class Pot:
         return params if np.count_nonzero(weights) == 1 else mend_statistics(self._observe, params, self._sample)
 
     def _named(self, candidates):
-        sample = self._sample
-        is_text = _is_text(sample)
-        metrics = evaluate_texts(candidates, sample) if is_text else evaluate_many(candidates, sample.forward, sample)
-        return [getattr(one, self._metric) for one in metrics]
+        return [getattr(one, self._metric) for one in evaluate_sample(candidates, self._sample)]
 
     def _asked(self, params):
         score = float(self._metric(params))

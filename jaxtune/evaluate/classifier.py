@@ -12,7 +12,7 @@ import numpy as np
 from jaxtune.errors import ConfigError, DataError, NonFiniteError
 from jaxtune.models import registry
 from jaxtune.models.readout import read_out
-from jaxtune.sample import inputs_of
+from jaxtune.sample import Sample, inputs_of
 from jaxtune.sampling import what_is_said
 from jaxtune.types import Params
 
@@ -132,6 +132,23 @@ def metrics_of(scores: Mapping[str, np.ndarray], *, top_k: int) -> Metrics:
         calibration_error=calibration_error(scores["confidence"], is_correct),
         num_examples=len(is_correct),
     )
+
+
+def check_classes(sample: Sample) -> None:
+    """Checks that every example of a sample has one label, by which right and wrong are counted.
+
+    Raises:
+        DataError: there are no labels, or several an example, as texts for a language model have.
+    """
+    if not len(sample):
+        raise DataError(f"{sample.name}: there are no examples.")
+    if not sample.is_labelled:
+        raise DataError(f"{sample.name}: the examples have no labels, and by these right and wrong are counted.")
+    if sample.batch["label"].ndim != 1:
+        raise DataError(
+            f"{sample.name}: expected one label an example, got labels {list(sample.batch['label'].shape)}. Tokens of "
+            "texts are counted by evaluate.language.evaluate_texts."
+        )
 
 
 def check_scores(scores: Mapping[str, np.ndarray]) -> None:

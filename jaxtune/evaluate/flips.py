@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxtune.errors import DataError
 from jaxtune.evaluate.candidates import Candidates, one_candidate
-from jaxtune.evaluate.classifier import check_scores
+from jaxtune.evaluate.classifier import check_classes, check_scores
 from jaxtune.evaluate.many import ClassScores, score_many
 from jaxtune.sample import Sample
 from jaxtune.types import Params
@@ -51,11 +51,12 @@ def measure_flips(old: Params, candidates: Candidates, sample: Sample) -> list[F
     Args:
         old: The model that would be replaced.
         candidates: What might replace it.
-        sample: Labelled examples.
+        sample: Labelled examples, one label each.
 
     Raises:
         DataError, NonFiniteError: as `evaluate_many`.
     """
+    check_classes(sample)
     right = []
     for models in (one_candidate(old), candidates):
         scores = score_many(models, ClassScores(sample.forward), sample)

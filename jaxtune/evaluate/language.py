@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxtune.errors import DataError, NonFiniteError
 from jaxtune.evaluate.candidates import Candidates
-from jaxtune.evaluate.many import score_many
+from jaxtune.evaluate.classifier import Metrics
+from jaxtune.evaluate.many import evaluate_many, score_many
 from jaxtune.sample import Batch, Sample
 from jaxtune.types import Params
 
@@ -95,3 +96,14 @@ def evaluate_texts(
             perplexity = float(np.exp(loss / count))
         found.append(TextMetrics(float(loss / count), perplexity, float(hits / count), int(count)))
     return found
+
+
+def evaluate_sample(candidates: Candidates, sample: Sample) -> list[Metrics] | list[TextMetrics]:
+    """`evaluate_texts` of a sample whose examples have several labels, one a token, `evaluate_many` of any other.
+
+    Raises:
+        DataError, NonFiniteError: as those.
+    """
+    if sample.is_labelled and sample.batch["label"].ndim == 2:
+        return evaluate_texts(candidates, sample)
+    return evaluate_many(candidates, sample.forward, sample)

@@ -7,8 +7,7 @@ import numpy as np
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.evaluate.candidates import line_candidates
 from jaxtune.evaluate.classifier import Metrics
-from jaxtune.evaluate.language import TextMetrics, evaluate_texts
-from jaxtune.evaluate.many import evaluate_many
+from jaxtune.evaluate.language import TextMetrics, evaluate_sample
 from jaxtune.interpolate.barrier import NUM_POINTS, Barrier, measure_barrier
 from jaxtune.sample import Sample
 from jaxtune.types import Params
@@ -58,6 +57,5 @@ def evaluate_line(
         raise DataError(f"{sample.name}: a loss needs labelled examples, and here are none.")
     weights = np.linspace(0, 1, num_points)
     points = line_candidates(first, second, weights, nonnegative=nonnegative)
-    is_text = sample.batch["label"].ndim == 2
-    metrics = evaluate_texts(points, sample) if is_text else evaluate_many(points, sample.forward, sample)
+    metrics = evaluate_sample(points, sample)
     return Line(measure_barrier(weights, [one.loss for one in metrics]), tuple(metrics))

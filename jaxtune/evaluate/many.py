@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.evaluate.candidates import Candidates
-from jaxtune.evaluate.classifier import Metrics, Source, metrics_of, score_logits
+from jaxtune.evaluate.classifier import Metrics, Source, check_classes, metrics_of, score_logits
 from jaxtune.sample import Batch, Sample
 from jaxtune.types import Params
 
@@ -67,11 +67,13 @@ def evaluate_many(
 
     Raises:
         ConfigError: a number below 1.
-        DataError: no examples, or a label that the models have no class for.
+        DataError: no examples, not one label for each, or one that the models have no class for.
         NonFiniteError: the outputs of a candidate are NaN.
     """
     if top_k < 1:
         raise ConfigError(f"top_k is {top_k}; it must be at least 1.")
+    if isinstance(records, Sample):
+        check_classes(records)
     how = {"batch_size": batch_size, "at_a_time": at_a_time, "memory": memory}
     scores = score_many(candidates, ClassScores(forward), records, **how)
     return [metrics_of({name: x[n] for name, x in scores.items()}, top_k=top_k) for n in range(len(candidates))]
@@ -317,10 +319,6 @@ def _is_cpu():
 
 def _num_bytes(leaf):
     return int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
-
-
-def _place(sharding, leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _with_rows(count, leaf):

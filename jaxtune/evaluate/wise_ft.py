@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.evaluate.candidates import line_candidates
-from jaxtune.evaluate.classifier import Metrics, metrics_of
+from jaxtune.evaluate.classifier import Metrics, check_classes, metrics_of
 from jaxtune.evaluate.many import ClassScores, score_many
 from jaxtune.sample import Sample
 from jaxtune.types import Params
@@ -83,7 +83,8 @@ def trace_wise_ft(
     Raises:
         ConfigError: no sample, or `alphas` is empty or not finite.
         TreeMismatchError: the trees differ in a path or a shape.
-        DataError, NonFiniteError: as `evaluate_many`.
+        DataError: as `evaluate_many`; a sample of texts among them, whose tokens are no examples to count.
+        NonFiniteError: as `evaluate_many`.
 
     Reference:
         Wortsman et al. 2022, arXiv:2109.01903; the shares of examples that only the average gets right or wrong as in
@@ -97,6 +98,7 @@ def trace_wise_ft(
     candidates = line_candidates(zero_shot, finetuned, np.concatenate([alphas, [0.0, 1.0]]))
     splits = {}
     for name, sample in samples.items():
+        check_classes(sample)
         scores = score_many(candidates, ClassScores(sample.forward), sample)
         each = [{key: values[n] for key, values in scores.items()} for n in range(len(candidates))]
         metrics = tuple(metrics_of(one, top_k=top_k) for one in each)
