@@ -88,6 +88,31 @@ def test_pairs_are_those_of_a_loop():
     np.testing.assert_array_equal(across[0], across[1][::-1])
 
 
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_within_none_no_two_units_of_one_model_alone_are_joined(num_models):
+    """Units of two models that go against each other: 0 times any correlation would beat all of those across."""
+    draw = np.random.default_rng(1)
+    common = draw.normal(size=(200, 1))
+    features = [common * sign + 0.3 * draw.normal(size=(200, 4)) for sign in (1, -1, 1)[:num_models]]
+    labels, mean = join_units(features, within=0.0)
+    for unit in range(4):
+        rows = [int(np.sum(row == unit)) for row in labels]
+        assert sum(rows) == max(rows) == 1 or np.count_nonzero(rows) > 1
+    if num_models == 2:
+        assert mean < -0.5
+        assert all(sorted(row) == list(range(4)) for row in labels)
+
+
+def test_a_factor_makes_no_pair_inside_a_model_better():
+    """Across all are at -0.1, inside at -0.6: a tenth of that would pass for better."""
+    correlation = np.full((4, 4), -0.1) + np.kron(np.eye(2), [[1.1, -0.5], [-0.5, 1.1]])
+    drawn = np.random.default_rng(0).normal(size=(50, 4))
+    features = np.linalg.qr(drawn - drawn.mean(0))[0] @ np.linalg.cholesky(correlation).T
+    labels, mean = join_units([features[:, :2], features[:, 2:]], within=0.1)
+    assert [sorted(row) for row in labels.tolist()] == [[0, 1], [0, 1]]
+    assert mean == pytest.approx(-0.1)
+
+
 def test_three_models_leave_as_many_units_as_one_has():
     spec = registry.symmetry_of(MLP)
     models = [random_params(MLP, seed=seed, dtype=np.float32) for seed in range(3)]

@@ -1,5 +1,7 @@
 """AdaRank, SyMerge, ScaLearn and the strength of LiNeS, beside loops in NumPy."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -276,6 +278,26 @@ def test_one_task_is_searched_beside_a_control():
     expected = scaled(VECTORS[0], alpha, 1 - alpha)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found.params, expected)
     assert found.info["validation"]["start"][0]["accuracy"] == accuracy(EXPERTS[0], SAMPLES[0])
+
+
+def test_outside_both_the_whole_head_moves_as_the_last_layer():
+    """BERT's and RoBERTa's heads have folders of their own, whose names say nothing."""
+    head = {"dense": {"kernel": draw(6, 3, seed=1)}, "norm": {"scale": draw(3, seed=2)}, "bias": draw(3, seed=3)}
+    base = {"embed": {"kernel": draw(6, 6, seed=4)}, "text": {"final_norm": {"scale": draw(6, seed=5)}}, "head": head}
+
+    def forward(params, batch):
+        hidden = batch["image"] @ params["embed"]["kernel"] * params["text"]["final_norm"]["scale"][None]
+        head = params["head"]
+        return hidden @ head["dense"]["kernel"] * head["norm"]["scale"][None] + head["bias"][None]
+
+    sample = replace(SAMPLES[0], forward=forward)
+    found = compose(
+        "lines", base, [jax.tree.map(lambda x: x + 1, base)], [sample, sample], strengths=[0.25], outside="both"
+    )
+    moved = jax.tree.map(lambda x, y: float(np.mean(x - y)), found.params, base)
+    assert moved["embed"]["kernel"] == pytest.approx(0.25, abs=1e-6)
+    del moved["embed"]
+    assert jax.tree.leaves(moved) == pytest.approx([1.0] * 4, abs=1e-6)
 
 
 def test_several_tasks_have_their_first_scale_from_norms():

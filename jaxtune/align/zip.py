@@ -57,7 +57,8 @@ def zip_models(
         groups: Groups of hidden units to join; None: all. The others are averaged unit by unit.
         shared: Leaves whose path matches become one; the others stay each model's own and read the joined units.
             For a network that is zipped up to some depth.
-        within: Factor of correlations inside one model: 1 as good as across, 0 never joined inside.
+        within: Factor of positive correlations inside one model: 1 as good as across, 0 never joined inside. Of three
+            models or more, two units of one can then still meet where both fit a third model's.
         num_rows: As in `match_activations`.
 
     Raises:
@@ -121,7 +122,7 @@ def join_units(features: Sequence[np.ndarray], *, within: float = 1.0) -> tuple[
     covariance = table.T @ table
     owner = np.repeat(np.arange(num_models), size)  # -1: of several models
     cluster, counts, is_left = np.arange(len(owner)), np.ones(len(owner)), np.ones(len(owner), bool)
-    score = _correlate(covariance, slice(None)) * np.where(owner[:, None] == owner, within, 1.0)
+    score = _weigh(_correlate(covariance, slice(None)), owner[:, None] == owner, within)
     np.fill_diagonal(score, -np.inf)
     found = []
     for _ in range(len(owner) - size):
@@ -135,8 +136,8 @@ def join_units(features: Sequence[np.ndarray], *, within: float = 1.0) -> tuple[
         cluster[cluster == j] = i
         is_left[j] = False
         score[j] = score[:, j] = -np.inf
-        inside = np.where((owner == owner[i]) & (owner >= 0), within, 1.0)
-        row = np.where(is_left, inside * _correlate(covariance, i), -np.inf) if num_models > 2 else -np.inf
+        row = _weigh(_correlate(covariance, i), (owner == owner[i]) & (owner >= 0), within)
+        row = np.where(is_left, row, -np.inf) if num_models > 2 else -np.inf
         score[i] = score[:, i] = row
         score[i, i] = -np.inf
     labels = np.unique(cluster, return_inverse=True)[1]
@@ -148,6 +149,12 @@ def _correlate(covariance, rows):
     deviation = np.sqrt(np.maximum(np.diagonal(covariance), 0))
     product = np.multiply.outer(deviation[rows], deviation)
     return np.divide(covariance[rows], product, out=np.zeros_like(product), where=product > 0)
+
+
+def _weigh(correlation, is_inside, within):
+    """What pairs are chosen by; below 0 a factor would make a pair inside one model better and not worse."""
+    lesser = np.where(correlation > 0, within * correlation, correlation) if within else -np.inf
+    return np.where(is_inside, lesser, correlation)
 
 
 def _count_within(labels):

@@ -48,7 +48,7 @@ def lines(
         places: Path -> place in its stack; None: as `merge.post_steps.find_places` reads paths, two towers by
             themselves.
         outside: Leaves outside the stacks move as its "first" layer, its "last", or those before it as the first and
-            the final norm and head (paths that begin with `final_norm` or `head`) as the last: "both".
+            the final norm and head (a folder or leaf that begins with `final_norm` or `head`) as the last: "both".
         seed: Of the merge.
 
     Returns:
@@ -108,7 +108,7 @@ def lines(
 
 def _scale(place, path, alphas, betas, outside):
     if place.layer is None:
-        is_behind = path.split("/")[-2 if "/" in path else -1].startswith(("final_norm", "head"))
+        is_behind = any(word.startswith(("final_norm", "head")) for word in path.split("/"))
         is_last = outside == "last" or (outside == "both" and is_behind)
         return alphas + betas if is_last else alphas
     return alphas + betas * (place.layer / (place.num_layers - 1) if place.num_layers > 1 else 1.0)
