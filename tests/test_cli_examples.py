@@ -12,6 +12,7 @@ from jaxtune import tree
 from jaxtune.cli import main
 from jaxtune.commands.examples import hash_sample
 from jaxtune.models import registry, vit
+from jaxtune.polish import MARGIN
 from jaxtune.sampling import make_sample
 from jaxtune.teach.distill import distill
 from jaxtune.teach.weights import whole_weights
@@ -82,7 +83,8 @@ def test_a_polish_is_distillation_from_where_the_transport_ends(models):
     base, teacher = (jt.load(models[role]).params for role in ("target", "finetuned"))
     key = jt.rng.named_key(jax.random.key(0), "polish")
     rates = tuple(rate / 3 for rate in whole_weights(start).rates)
-    oracle = distill(sample.without_labels(), teacher, start, key=key, base=base, learning_rate=rates).params
+    options = {"base": base, "learning_rate": rates, "margin": MARGIN}
+    oracle = distill(sample.without_labels(), teacher, start, key=key, **options).params
     jax.tree.map(np.testing.assert_array_equal, polished.params, dict(oracle))
     assert polished.expected is None
     assert polished.prepared.move is None

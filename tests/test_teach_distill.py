@@ -138,6 +138,20 @@ def test_the_best_of_rates_and_rounds_is_kept_and_never_behind_the_start(network
     jax.tree.map(np.testing.assert_array_equal, hopeless.params, base)
 
 
+def test_a_start_is_left_only_for_as_much_as_the_margin(networks, sample):
+    teacher, base = networks
+    way = tree.task_vector(base, teacher)
+    nearly = jax.tree.map(lambda x, step: np.asarray(x + 0.9 * step), base, way)
+    for start, gap in ((nearly, "small"), (base, "large")):
+        free = distill(sample, teacher, start, **QUICK)
+        bound = distill(sample, teacher, start, margin=0.05, **QUICK)
+        assert free.info["step"] > 0, gap
+        assert (bound.info["step"] == 0) == (gap == "small")
+        assert agreement(bound.params, start if gap == "small" else free.params) == 0
+    with pytest.raises(ConfigError, match="margin is 1"):
+        distill(sample, teacher, base, margin=1.0, **QUICK)
+
+
 def test_a_teacher_that_agrees_teaches_nothing(networks, sample):
     _, base = networks
     found = distill(sample, base, base, **QUICK)

@@ -109,6 +109,7 @@ def descend(
     support: Sample | None = None,
     held_support: Sample | None = None,
     base: Params | None = None,
+    margin: float = 0.0,
     series: Series | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Learns the numbers of `learnable`, once with each learning rate, and gives the network that was best.
@@ -131,6 +132,7 @@ def descend(
         held, held_support: What the choice is made by.
         support: What `aim.keep` is of.
         base: What `aim.anchor` holds on to.
+        margin: What leaving the start must bring at least, as the mean of `exp(-loss)` of the held-out examples.
         series: Where states are kept; one that has some is gone on from.
 
     Returns:
@@ -142,6 +144,8 @@ def descend(
         NonFiniteError: nothing that was learned is finite.
     """
     rates = [float(rate) for rate in learning_rates]
+    if not 0 <= margin < 1:
+        raise ConfigError(f"margin is {margin}; it must be at least 0 and below 1.")
     if min(num_steps, batch_size, round_size) < 1 or not rates or not all(np.isfinite(r) and r > 0 for r in rates):
         raise ConfigError(
             f"num_steps {num_steps}, batch_size {batch_size}, round_size {round_size}, learning rates {rates}: "
@@ -158,7 +162,7 @@ def descend(
     state = _first_state(learnable, len(rates), num_rounds, 0 if held is None else len(held))
     settings = {
         "num_steps": num_steps, "batch_size": batch_size, "round_size": round_size, "learning_rates": rates,
-        "num_examples": len(sample),
+        "num_examples": len(sample), "margin": margin,
     }  # fmt: skip
     if series is not None and series.latest_step is not None:
         state, saved = series.restore(state)
@@ -169,7 +173,7 @@ def descend(
         if not done:
             state = replace(state, numbers=learnable.numbers, opt_state=ADAM.init(learnable.numbers))
             if not run:
-                state = _judge(state, learnable, aim, held, held_support, place(0), num_steps)
+                state = _judge(state, learnable, aim, held, held_support, place(0), num_steps, margin)
         count = min(round_size, num_steps - done)
         batches = {name: order and order.batches(done, count) for name, order in orders.items()}
         numbers, opt_state, losses = _steps(
@@ -181,7 +185,7 @@ def descend(
             state, numbers=numbers, opt_state=opt_state, step=state.step + count,
             losses=state.losses.at[run, at[1] - 1].set(jnp.mean(losses)),
         )  # fmt: skip
-        state = _judge(state, learnable, aim, held, held_support, at, num_steps)
+        state = _judge(state, learnable, aim, held, held_support, at, num_steps, margin)
         is_last = int(state.step) == num_steps * len(rates)
         if series is not None and (is_last or at[1] % SAVE_EVERY == 0):
             series.save(state, settings)
@@ -229,7 +233,7 @@ def _place(step, *, num_steps, round_size):
     return run, -(-done // round_size)
 
 
-def _judge(state, learnable, aim, held, held_support, at, num_steps):
+def _judge(state, learnable, aim, held, held_support, at, num_steps, margin):
     """The state after a look at the held-out examples; nothing changes where there are none."""
     if held is None:
         return state
@@ -240,7 +244,8 @@ def _judge(state, learnable, aim, held, held_support, at, num_steps):
     state = replace(state, scores=state.scores.at[at].set(score))
     best_step = int(state.best_step)
     is_of_this_rate = best_step and (best_step - 1) // num_steps == at[0]
-    if np.isfinite(state.best_score) and not is_of_this_rate and not _is_clear(state.best_each, each):
+    least = 0.0 if best_step else margin
+    if np.isfinite(state.best_score) and not is_of_this_rate and not _is_clear(state.best_each, each, least):
         return state
     if not score < float(state.best_score):  # NaN is never better
         return state
@@ -250,15 +255,16 @@ def _judge(state, learnable, aim, held, held_support, at, num_steps):
     )  # fmt: skip
 
 
-def _is_clear(before, after):
-    """Whether losses fell by more than the standard error of what they fell by; of each, `1 - exp(-loss)` is taken.
+def _is_clear(before, after, least):
+    """Whether losses fell by more than the standard error of what they fell by, and at least by so much; of each,
+    `1 - exp(-loss)` is taken.
 
     That is what a right answer's probability lacks, at most 1: of a few examples one with a great loss would decide.
     """
     gains = np.exp(-np.asarray(after, np.float64)) - np.exp(-np.asarray(before, np.float64))
     if len(gains) < 2:
-        return bool(gains > 0)
-    return bool(np.mean(gains) > np.std(gains, ddof=1) / len(gains) ** 0.5)
+        return bool(gains > least)
+    return bool(np.mean(gains) > max(least, np.std(gains, ddof=1) / len(gains) ** 0.5))
 
 
 def _each_loss(loss, learnable, numbers, sample):

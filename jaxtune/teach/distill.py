@@ -64,6 +64,7 @@ def distill(
     learning_rate: float | Sequence[float] | None = None,
     rate_factor: float = 1.0,
     held_out: float = 0.2,
+    margin: float = 0.0,
     support: Sample | None = None,
     protect: float = 1.0,
     anchor: float = 0.0,
@@ -97,6 +98,7 @@ def distill(
         learning_rate: One, several to choose from, or None: three that go by the size of the weights.
         rate_factor: Of those three; a rate that is given is taken as it is.
         held_out: Share of the sample that the choice is made by.
+        margin: What leaving the start must bring at least on the held-out inputs, as the mean of `exp(-loss)`.
         support: Inputs on which the student is to stay as `base` is; where it has labels, half of the penalty is the
             cross-entropy on them (replay).
         protect: Factor of the support set's penalty.
@@ -144,7 +146,7 @@ def distill(
     return run_descent(
         sample=taught, start=start, learnable=learnable, aim=Aim(loss, keep, protect, anchor, weight_decay),
         key=named_key(key, "distill"), num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate,
-        rate_factor=rate_factor, held_out=held_out, support=kept, base=base, series=series,
+        rate_factor=rate_factor, held_out=held_out, margin=margin, support=kept, base=base, series=series,
     )  # fmt: skip
 
 
@@ -216,6 +218,7 @@ def run_descent(
     learning_rate: float | Sequence[float] | None,
     held_out: float,
     rate_factor: float = 1.0,
+    margin: float = 0.0,
     support: Sample | None = None,
     base: Params | None = None,
     validation: Sample | None = None,
@@ -236,6 +239,6 @@ def run_descent(
         rates = np.atleast_1d(np.asarray(learning_rate, float)).tolist()
     params, info = descend(
         learnable, aim, sample, key=key, num_steps=num_steps, batch_size=batch_size, learning_rates=rates, held=held,
-        support=support, held_support=held_support, base=base, series=series,
+        support=support, held_support=held_support, base=base, margin=margin, series=series,
     )  # fmt: skip
     return Distilled(round_to(params, start), {**info, "num_examples": len(sample)})
