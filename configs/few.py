@@ -36,7 +36,6 @@ def get_config():
         ),
         thai_digits=dict(name="thai_digits.npz", options=dict(class_prefix="thai/")),
         consonants=dict(name="dhcd_cons_c.npz", options=dict(class_prefix="consonant/")),
-        drawings=dict(name="quickdraw6.npz", options=dict(class_prefix="drawing/")),
     )
     c.finetune = dict(num_steps=150, batch_size=64, learning_rate=1e-3)
     c.num_test, c.num_support = 1000, 500
