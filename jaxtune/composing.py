@@ -9,6 +9,9 @@ from jaxtune.errors import ConfigError
 from jaxtune.loading import Model, load, open_models
 from jaxtune.sample import Sample
 
+# Methods that choose among finished models, or weigh them: by examples that none of the models was fitted to.
+CHOOSERS = ("best_k_soup", "greedy_soup", "learned_soup", "lines", "uniform_soup")
+
 Examples = Sample | DataSource | str | Path
 
 
@@ -20,7 +23,7 @@ def compose(
     *,
     config: Any = None,
     num_examples: int | None = None,
-    split: str = "train",
+    split: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Any:
@@ -34,7 +37,9 @@ def compose(
             data sources, or what `data.open_source` opens.
         config: Architecture of bare trees; samples that are ready need none.
         num_examples: Of each source that is opened, at most so many; None: all.
-        split: Of sources that are opened.
+        split: Of sources that are opened; None: "validation" for methods that choose among finished models or weigh
+            them (`CHOOSERS`), which a source must then hold, and "train" for all others. A validation split that a file
+            does not hold is cut from train where it is asked for.
         seed: Of the draw of examples and of the method.
         **options: The method's own.
 
@@ -59,7 +64,10 @@ def compose(
         if not isinstance(one, Sample):
             if config is None:
                 raise ConfigError("pass config= (a model config or its dict): bare trees do not say what they compute.")
-            one = open_examples(config, one, models=read_by, split=split, num_examples=num_examples, seed=seed)
+            one = open_examples(
+                config, one, models=read_by, split=split or ("validation" if method in CHOOSERS else "train"),
+                is_cut_refused=split is None, num_examples=num_examples, seed=seed,
+            )  # fmt: skip
         ready.append(one)
     base = trees.pop("base")
     return run(method, base, list(trees.values()), ready, seed=seed, **options)

@@ -1,5 +1,6 @@
 """Recipes whose numbers examples decide: through the command line, to files, and beside what trees give."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -40,9 +41,12 @@ def case(tmp_path_factory):
     trees = {"base": base, "a": tune(base, 1), "b": tune(base, 2)}
     for n, (name, params) in enumerate(trees.items()):
         jt.save(folder / name, params, config=registry.config_to_dict(CONFIG))
-        image = np.random.RandomState(10 + n).uniform(size=(60, 4, 4, 1)).astype(np.float32)
-        label = np.asarray(registry.apply(CONFIG, params, {"image": image})).argmax(-1)
-        np.savez(folder / f"{name}.npz", train_x=image, train_y=label, class_names=np.array(["x", "y", "z"]))
+        arrays = {"class_names": np.array(["x", "y", "z"])}
+        for m, split in enumerate(("train", "validation")):
+            image = np.random.RandomState(10 + n + 100 * m).uniform(size=(60, 4, 4, 1)).astype(np.float32)
+            label = np.asarray(registry.apply(CONFIG, params, {"image": image})).argmax(-1)
+            arrays |= {f"{split}_x": image, f"{split}_y": label}
+        np.savez(folder / f"{name}.npz", **arrays)
     return folder, trees
 
 
@@ -72,6 +76,16 @@ def samples_of(case, **how):
     return [make_sample(CONFIG, folder / f"{name}.npz", num_examples=40, seed=3, **how) for name in "ab"]
 
 
+def set_apart(samples, share, *, by_class=True):
+    """[the rest of every sample], [its share]; labels are carried along where they are not to be looked at."""
+    pairs = []
+    for sample in samples:
+        seen = {"row": np.arange(len(sample))} | ({"label": sample.batch["label"]} if by_class else {})
+        parts = dataclasses.replace(sample, batch=seen).split(share, seed=3)
+        pairs.append([sample.take(part.batch["row"]) for part in parts])
+    return tuple(zip(*pairs, strict=True))
+
+
 def accuracy(params, sample):
     return float((np.asarray(sample.forward(params, sample.batch)).argmax(-1) == sample.batch["label"]).mean())
 
@@ -86,15 +100,16 @@ def test_names_of_learned_methods_are_those_of_the_registry():
 def test_learned_coefficients_become_weights_of_stored_tensors(case, tmp_path, how):
     report = merge_recipe(write_recipe(case, "ada_merging", {"num_steps": 5, **how}), tmp_path / "out")
     _, trees = case
-    found = compose_few("ada_merging", trees["base"], [trees["a"], trees["b"]], samples_of(case), num_steps=5, **how)
+    given, judges = set_apart(samples_of(case), 0.125, by_class=False)  # a half of the share judges, the other chooses
+    how = {**how, "num_steps": 5, "validation": 0.125 / 0.875}
+    found = compose_few("ada_merging", trees["base"], [trees["a"], trees["b"]], given, **how)
     ours = flatten(jt.load(tmp_path / "out").params)
     for path, leaf in flatten(found.params).items():
         np.testing.assert_allclose(ours[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
-    held = [sample.split(0.25, seed=3)[1] for sample in samples_of(case)]
-    scores = report["data"]["validation"]["chosen"]["scores"]
-    for sample, one in zip(held, scores, strict=True):
+    judged = report["data"]["validation"]
+    for sample, one in zip(judges, judged["chosen"]["scores"], strict=True):
         assert one["accuracy"] == pytest.approx(accuracy(jt.load(tmp_path / "out").params, sample))
-    assert report["data"]["validation"]["examples"] == [len(sample) for sample in held]
+    assert (judged["examples"], judged["which"]) == ([5, 5], "kept apart")
     for name, c in found.coefficients.items():
         np.testing.assert_allclose(report["data"]["coefficients"][name], c, rtol=1e-6)
 
@@ -127,10 +142,10 @@ def test_what_was_asked_for_and_found_stands_in_report_and_card(case, tmp_path):
     assert set(report["data"]["examples"].values()) == {40}
     default = report["data"]["validation"]["default"]
     assert default["recipe"] == {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.3}}
-    held = [sample.split(0.25, seed=3)[1] for sample in samples_of(case)]
+    _, judges = set_apart(samples_of(case), 0.125, by_class=False)
     _, trees = case
     plain = jt.merge([trees["a"], trees["b"]], base=trees["base"], method="task_arithmetic", **{"lambda": 0.3})
-    for sample, one in zip(held, default["scores"], strict=True):
+    for sample, one in zip(judges, default["scores"], strict=True):
         assert one["accuracy"] == pytest.approx(accuracy(plain, sample))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "ada_merging" in card
@@ -147,7 +162,7 @@ def test_options_are_searched_for_by_examples(case, tmp_path):
     report = merge_recipe(recipe, tmp_path / "out")
     _, trees = case
     finetuned = [trees["a"], trees["b"]]
-    samples = samples_of(case)
+    samples, judges = set_apart(samples_of(case, split="validation"), 0.25)  # none that the models may be fitted to
     scores = []
     for scale in [1.0, *grid]:  # the recipe as it is goes first
         merged = jt.merge(finetuned, base=trees["base"], method="task_arithmetic", **{"lambda": scale})
@@ -160,6 +175,11 @@ def test_options_are_searched_for_by_examples(case, tmp_path):
     assert report["data"]["options"] == options[best]
     merged = jt.merge(finetuned, base=trees["base"], method="task_arithmetic", **options[best])
     jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, merged)
+    judged = report["data"]["validation"]
+    assert (judged["which"], set(report["data"]["splits"].values())) == ("kept apart", {"validation"})
+    for sample, one in zip(judges, judged["chosen"]["scores"], strict=True):
+        assert one["accuracy"] == pytest.approx(accuracy(merged, sample))
+    assert "on 20 examples of split validation (kept apart): mean accuracy" in report["notes"][-1]
 
 
 def test_two_options_of_a_random_method_are_searched_for_to_the_bit(case, tmp_path):
@@ -184,7 +204,8 @@ def test_an_option_without_a_default_is_searched_for_too(case, tmp_path):
     report = merge_recipe(recipe, tmp_path / "out")
     assert [one["options"] for one in report["data"]["search"]] == [{"t": 0.0}, {"t": 0.5}]
     assert report["data"]["validation"]["default"]["recipe"]["parameters"] == {"t": 0.0}
-    sample = make_sample(CONFIG, folder / "b.npz", num_examples=40, seed=3)
+    sample = make_sample(CONFIG, folder / "b.npz", split="validation", num_examples=40, seed=3)
+    ((sample,), _) = set_apart([sample], 0.25)
     assert report["data"]["search"][0]["score"] == pytest.approx(accuracy(trees["a"], sample))
 
 
@@ -192,14 +213,14 @@ def test_examples_without_labels_choose_by_what_the_models_say(case, tmp_path):
     folder, _ = case
     for name in "ab":
         image = np.load(folder / f"{name}.npz")["train_x"]
-        np.savez(tmp_path / f"{name}.npz", train_x=image)
+        np.savez(tmp_path / f"{name}.npz", validation_x=image)
     sources = {str(folder / name): str(tmp_path / f"{name}.npz") for name in "ab"}
     report = merge_recipe(write_recipe(case, "task_arithmetic", sources=sources), tmp_path / "out")
     labelled = merge_recipe(write_recipe(case, "task_arithmetic", samples=None), tmp_path / "labelled")
     assert "accuracy" not in report["data"]["validation"]["chosen"]["scores"][0]
     assert "agreement" in report["notes"][-1]
     assert len(report["data"]["search"]) == 1 + 15  # lambda, where nothing is said
-    assert labelled["data"]["examples"] == dict.fromkeys(sources, 53)  # of 60, a tenth of a class is no "train"
+    assert labelled["data"]["examples"] == dict.fromkeys(sources, 60)
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean"])
@@ -211,7 +232,9 @@ def test_what_a_method_needs_beside_weights_is_estimated(case, tmp_path, method)
 
     folder, _ = case
     models = [jt.load(folder / name) for name in "ab"]
-    parts = [sample.split(0.25, seed=3)[0] for sample in samples_of(case)]
+    parts, judges = set_apart(samples_of(case), 0.25 if method == "regmean" else 0.125)
+    if method == "fisher":  # whose weights are chosen
+        parts, _ = set_apart(parts, 0.125 / 0.875)
     extras = []
     for model, part in zip(models, parts, strict=True):
         if method == "fisher":
@@ -234,7 +257,8 @@ def test_what_a_method_needs_beside_weights_is_estimated(case, tmp_path, method)
             flatten(jt.load(tmp_path / "out").params)[path], leaf, rtol=2e-5, atol=1e-6, err_msg=path
         )
     assert report["data"]["validation"]["default"]["recipe"]["merge_method"] == "linear"
-    assert report["data"]["validation"]["examples"] == [len(s.split(0.25, seed=3)[1]) for s in samples_of(case)]
+    judged = report["data"]["validation"]
+    assert (judged["examples"], judged["which"]) == ([len(sample) for sample in judges], "kept apart")
 
 
 @pytest.mark.parametrize("method", ["ada_rank", "lines"])
@@ -242,7 +266,12 @@ def test_what_is_no_weighted_sum_becomes_a_model_in_the_layout_of_the_base(case,
     parameters = {"num_steps": 3, "objective": "expert"} if method == "ada_rank" else None
     report = merge_recipe(write_recipe(case, method, parameters), tmp_path / "out")
     _, trees = case
-    found = compose_few(method, trees["base"], [trees["a"], trees["b"]], samples_of(case), **(parameters or {}))
+    if method == "ada_rank":
+        given, _ = set_apart(samples_of(case), 0.125, by_class=False)
+        options = {**parameters, "validation": 0.125 / 0.875}
+    else:
+        (given, _), options = set_apart(samples_of(case, split="validation"), 0.25), {}
+    found = compose_few(method, trees["base"], [trees["a"], trees["b"]], given, **options)
     jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, found.params)
     assert [one["path"].rsplit("/", 1)[-1] for one in report["inputs"]] == ["base", "a", "b"]
     assert not list(tmp_path.glob(".jaxtune*"))
@@ -261,25 +290,24 @@ def test_methods_that_were_not_made_for_recipes_go_through_them(case, tmp_path, 
     _, trees = case
     names = "a" if method == "mergetune" else "ab"  # which tunes one model on
     merge_recipe(write_recipe(case, method, parameters, names=names), tmp_path / "out")
-    options = {
-        **(parameters or {}),
-        **({"validation": 0.25} if "validation" in LEARNED_METHODS[method].options else {}),
-    }
-    samples = samples_of(case)[: len(names)]
-    found = compose_few(method, trees["base"], [trees[name] for name in names], samples, **options)
+    has_share = method == "learned_graft"
+    share, is_labelled = 0.125 if has_share else 0.25, LEARNED_METHODS[method].data == "labelled examples"
+    given, _ = set_apart(samples_of(case)[: len(names)], share, by_class=is_labelled)
+    options = (parameters or {}) | ({"validation": 0.125 / 0.875} if has_share else {})
+    found = compose_few(method, trees["base"], [trees[name] for name in names], given, **options)
     jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, dict(found.params))
 
 
 def test_a_task_that_is_lost_is_better_lost(case, tmp_path):
     """What is said compares the control less the task, and not the mean of both, beside minus the task vector."""
     _, trees = case
-    recipe = write_recipe(case, "atlas_negation", {"num_epochs": 6, "learning_rate": 0.1, "validation": 0.0})
+    recipe = write_recipe(case, "atlas_negation", {"num_epochs": 6, "learning_rate": 0.1})
     report = merge_recipe(recipe, tmp_path / "out")
     made = jt.load(tmp_path / "out").params
     free = jax.tree.map(lambda b, a: b - np.float32(0.3) * (a - b), trees["base"], trees["a"])
     margins = []
     for params, key in ((free, "default"), (made, "chosen")):
-        lost, control = (accuracy(params, sample) for sample in samples_of(case))
+        lost, control = (accuracy(params, sample) for sample in set_apart(samples_of(case), 0.125)[1])
         scores = report["data"]["validation"][key]["scores"]
         np.testing.assert_allclose([one["accuracy"] for one in scores], [lost, control])
         margins.append(control - lost)
@@ -298,8 +326,9 @@ def test_one_source_is_for_a_new_task(case, tmp_path):
     assert list(report["data"]["examples"]) == [""]
     assert report["data"]["validation"]["models"] is None
     sample = make_sample(CONFIG, folder / "base.npz", num_examples=40, seed=3)
+    ((sample,), _) = set_apart([sample], 0.125)
     found = compose(
-        "atlas_few_shot", trees["base"], [trees["a"], trees["b"]], sample, num_epochs=1, seed=3, validation=0.25
+        "atlas_few_shot", trees["base"], [trees["a"], trees["b"]], sample, num_epochs=1, seed=3, validation=1 / 7
     )
     for path, leaf in flatten(found.params).items():
         np.testing.assert_allclose(flatten(jt.load(tmp_path / "out").params)[path], leaf, rtol=1e-5, atol=1e-6)
@@ -322,14 +351,15 @@ def test_soups_of_models_of_one_task_need_no_base(case, tmp_path):
     folder, trees = case
     recipe = write_recipe(case, "greedy_soup", sources=str(folder / "a.npz"), base=None)
     report = merge_recipe(recipe, tmp_path / "out")
-    sample = make_sample(CONFIG, folder / "a.npz", num_examples=40, seed=3)
+    sample = make_sample(CONFIG, folder / "a.npz", split="validation", num_examples=40, seed=3)
+    ((sample,), (judge,)) = set_apart([sample], 0.25)
     found = compose("greedy_soup", trees["a"], [trees["a"], trees["b"]], sample)
     jax.tree.map(np.testing.assert_array_equal, jt.load(tmp_path / "out").params, found.params)
-    assert report["data"]["validation"]["which"] == "those that chose"
+    assert report["data"]["validation"]["which"] == "kept apart"
     default = report["data"]["validation"]["default"]
     assert default["recipe"]["merge_method"] == "linear"
     mean = jax.tree.map(lambda x, y: (x + y) / np.float32(2), trees["a"], trees["b"])
-    assert default["scores"][0]["accuracy"] == pytest.approx(accuracy(mean, sample))
+    assert default["scores"][0]["accuracy"] == pytest.approx(accuracy(mean, judge))
 
 
 def test_a_plan_asks_no_examples(case, capsys):

@@ -1,4 +1,4 @@
-"""Examples that a user names: texts by a model's own tokenizer, whoever opens them, and labels where heads take them."""
+"""Examples that a user names: texts by a model's own tokenizer, whoever opens them; labels where heads take them."""
 
 import dataclasses
 import json

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxtune.checkpoint import Checkpoint
 from jaxtune.deciding.estimated import choose_recipe
 from jaxtune.deciding.learned import learn_recipe
+from jaxtune.deciding.shares import KEPT
 from jaxtune.deciding.task_models import open_task_models, rank, score_candidates, score_experts, with_teachers
 from jaxtune.recipes.examples import LEARNED
 from jaxtune.recipes.schema import Recipe
@@ -56,6 +59,7 @@ def decide(recipe: Recipe, work: Path) -> Decision:
     facts |= {
         "method": recipe.merge_method,
         "examples": {name: len(sample) for name, sample in zip(names, models.samples, strict=True)},
+        "splits": {name: recipe.data.sources[name].split for name in names},
         "seed": recipe.data.seed,
         "validation": {
             "examples": [len(sample) for sample in held],
@@ -65,19 +69,45 @@ def decide(recipe: Recipe, work: Path) -> Decision:
             "models": experts,
         },
     }
-    scores = [rank(one, experts)[0] for one in (before, after)]
-    what = "mean accuracy" if "accuracy" in after[0] else "mean agreement with the models"
-    beside = "" if experts is None or "accuracy" not in after[0] else " (each as a share of the model's own)"
-    if is_negation:  # the first task is to be lost
-        scores = [control["accuracy"] - lost["accuracy"] for lost, control in (before, after)]
-        what, beside = "accuracy on the control less that on the task to lose", ""
-    words = "better than" if scores[1] > scores[0] else "as good as" if scores[1] == scores[0] else "WORSE than"
-    note = (
-        f"data: {recipe.merge_method}{_words(facts.get('options'))} is {words} {_name(default)} on validation examples "
-        f"({chosen_by}): {what}{beside} {scores[1]:.4f}; without examples {scores[0]:.4f}"
-    )
+    notes = [*facts.pop("notes", ())]
+    known = () if experts is None else zip(names, experts, strict=True)
+    lacking = [name for name, one in known if one.get("accuracy") == 0]
+    if lacking and not is_negation:
+        notes.append(
+            f"data: {', '.join(lacking)} has none of these examples right itself; its accuracy counts as it is."
+        )
+    notes.append(_note(recipe, default, facts, (before, after), experts, is_negation=is_negation))
     inputs = {one.path: one for one in (models.base, *models.finetuned) if one is not None}
-    return Decision(made, recipe, facts, (*facts.pop("notes", ()), note), tuple(inputs.values()))
+    return Decision(made, recipe, facts, tuple(notes), tuple(inputs.values()))
+
+
+def _note(recipe, default, facts, scores, experts, *, is_negation):
+    """What was chosen beside what is merged without examples; with a verdict where its judges did nothing else."""
+    judged, has = facts["validation"], ["accuracy" in one for one in scores[1]]
+    on = f"{sum(judged['examples'])} examples of split {', '.join(dict.fromkeys(facts['splits'].values()))}"
+    verdict, warning = judged["which"] == KEPT, ""
+    if is_negation:  # the first task is to be lost
+        values = [control["accuracy"] - lost["accuracy"] for lost, control in scores]
+        what = "accuracy on the control less that on the task to lose"
+    elif any(has) or experts is not None:
+        values = [rank(one, experts)[0] for one in scores]
+        what = "mean accuracy" if any(has) else "mean agreement with the models"
+        if any(has) and experts is not None:
+            what += " (each as a share of the model's own)"
+        if any(has) and not all(has):
+            what += " and, where there are no labels, agreement with the models"
+    else:  # one source without labels
+        values = [float(np.mean([one["entropy"] for one in task])) for task in scores]
+        what, verdict = "mean entropy", False
+        warning = ". Entropy says how sure a model is and not how right: no verdict without labels"
+    better = "better than" if values[1] > values[0] else "as good as" if values[1] == values[0] else "WORSE than"
+    if not warning and not verdict:
+        warning = ". The same examples did both, so this is no verdict: give more of them, or a share as validation"
+    words = f"is {better} {_name(default)}" if verdict else f"beside {_name(default)}"
+    return (
+        f"data: {recipe.merge_method}{_words(facts.get('options'))} {words} on {on} ({judged['which']}): {what} "
+        f"{values[1]:.4f}; without examples {values[0]:.4f}{warning}"
+    )
 
 
 def _short(recipe):

@@ -9,6 +9,7 @@ from jaxtune.compose.fisher import draw_coefficients, fisher_candidates
 from jaxtune.compose.scoring import score_logits
 from jaxtune.compose.vectors import widen
 from jaxtune.deciding.search import combine_values, is_complete, search_options, with_options
+from jaxtune.deciding.shares import set_apart
 from jaxtune.deciding.task_models import TaskModels, rank, score_experts, with_teachers
 from jaxtune.deciding.variants import as_it_is, change, entries, mean
 from jaxtune.evaluate.fisher import estimate_fisher, save_fisher
@@ -35,7 +36,10 @@ def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[
     method = METHODS[recipe.merge_method]
     with_data, notes = list(recipe.plain["models"]), []
     needed = next((kind for word, kind in ESTIMATES.items() if word in method.data), None)
-    learned_on, held, chosen_by = models.samples, models.samples, "those that chose"
+    weighs = recipe.merge_method == "fisher" and not data.search and len(with_data) > 1 and not _says_weights(recipe)
+    chooses = bool(needed is None or data.search or weighs)
+    shares = set_apart(models.samples, data.validation, learns=needed is not None, chooses=chooses, seed=data.seed)
+    learned_on = choosing = shares.given
     default = change(recipe)
     if needed is not None:
         if models.is_together:
@@ -44,10 +48,9 @@ def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[
             )
         if any(entry.data is not None for entry in recipe.models):
             raise data.node.error("a model names a file of 'data' of its own: keep that, or the examples.", at_key=True)
-        pairs = [sample.split(data.validation, seed=data.seed) if data.validation else (sample, sample)
-                 for sample in models.samples]  # fmt: skip
-        learned_on, held = ([pair[n] for pair in pairs] for n in range(2))
-        chosen_by = "kept apart" if data.validation and not data.search else "those that chose"
+        if shares.own:
+            pairs = [sample.split(shares.own, seed=data.seed) for sample in shares.given]
+            learned_on, choosing = ([pair[n] for pair in pairs] for n in range(2))
         found = [_estimate(needed, model, sample) for model, sample in zip(models.finetuned, learned_on, strict=True)]
         with_data = []
         for n, (entry, model, one) in enumerate(zip(entries(recipe), models.finetuned, found, strict=True)):
@@ -65,25 +68,33 @@ def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[
                 at_key=True,
             )
         search = {"lambda": tuple(round(0.1 * n, 1) for n in range(1, 16))}
+    if needed is None and models.is_together and not models.samples[0].is_labelled:
+        raise data.node.get("sources").error(
+            "one source for all models, and no labels in it: nothing says which candidate is better. Give labels, or a "
+            "source for each model ({MODEL: PATH}), whose own predictions then decide."
+        )
     if needed is None and search and not is_complete(default):
         default = with_options(default, combine_values(search)[0])
-    facts: dict[str, Any] = {"held": held, "chosen_by": chosen_by, "notes": notes}
+    facts: dict[str, Any] = {"held": shares.judges, "chosen_by": shares.which, "notes": notes}
     if needed == "gram" and models.like.layout.codec is None:
         return _merge_ours(models, with_data, work), default, facts
     # A base would be one more model for these methods, and would need Fishers or Grams of its own.
     made = change(recipe, models=with_data, **({} if needed is None else {"base_model": None}))
-    said = ["weight" in level for level in (recipe.parameters, *(entry.parameters for entry in recipe.models))]
-    if recipe.merge_method == "fisher" and not search and not any(said) and len(with_data) > 1:
-        weights, facts["search"] = _weigh_fishers(models, found, with_teachers(models, held))
+    if weighs:
+        weights, facts["search"] = _weigh_fishers(models, found, with_teachers(models, choosing))
         with_data = [
             {**entry, "parameters": {**(entry.get("parameters") or {}), "weight": weight}}
             for entry, weight in zip(with_data, weights, strict=True)
         ]
-        facts |= {"options": {"weight": weights}, "chosen_by": "those that chose"}
+        facts["options"] = {"weight": weights}
         made = change(recipe, models=with_data, base_model=None)
     if search:
-        made, facts["options"], facts["search"] = search_options(models, made, search, with_teachers(models, held))
+        made, facts["options"], facts["search"] = search_options(models, made, search, with_teachers(models, choosing))
     return made, default, facts
+
+
+def _says_weights(recipe):
+    return any("weight" in level for level in (recipe.parameters, *(entry.parameters for entry in recipe.models)))
 
 
 def _merge_ours(models: TaskModels, with_data, work: Path) -> Recipe:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.compose.registry import HIDDEN, METHODS, compose
+from jaxtune.deciding.shares import set_apart
 from jaxtune.deciding.task_models import TaskModels
 from jaxtune.deciding.variants import as_it_is, bare_entries, change, mean, task_arithmetic, task_negation
 from jaxtune.errors import UnknownNameError
@@ -28,6 +29,8 @@ FEW = {
     "sca_learn": {"mean": 0.3, "num_epochs": 20},
 }
 KINDS = {bool: "bool", int: "int", float: "float", str: "str", Sequence[float]: "numbers"}  # what a recipe can say
+ONLY_CHOOSE = ("best_k_soup", "greedy_soup", "lines")  # nothing is learned between what they choose among
+KEEPS_LAST = ("atlas_test_time", "lot", "mergetune", "regmean_plus")  # or solves in one go
 SOUPS = ("best_k_soup", "greedy_soup", "learned_soup")  # of models of one task; they need no base
 
 
@@ -48,8 +51,14 @@ def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[s
         raise recipe.error_at("models", f"{recipe.merge_method} takes two models: of the task to lose, and a control.")
     few = FEW.get(recipe.merge_method, {}) if recipe.preset is None else {}
     options = few | _options(recipe, method)
+    share = options.pop("validation", data.validation)
+    shares = set_apart(
+        models.samples, share, learns=recipe.merge_method not in ONLY_CHOOSE,
+        chooses=_chooses(recipe, method.options | options), seed=data.seed,
+        by_class=method.data == "labelled examples",  # others are to find the same where there are no labels
+    )  # fmt: skip
     if "validation" in method.options:
-        options.setdefault("validation", data.validation)
+        options["validation"] = shares.own
     groups = models.groups()
     if "groups" in method.options and options.get("partition", 1) == 1:
         options["groups"] = groups
@@ -61,14 +70,14 @@ def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[s
         elif "states" in takes:  # a search for each model
             options["states"] = [stack.enter_context(StateSeries(work / f"states-{n}")) for n in range(len(trees))]
         try:
-            found = compose(recipe.merge_method, models.like.params, trees, models.samples, seed=data.seed, **options)
+            found = compose(recipe.merge_method, models.like.params, trees, shares.given, seed=data.seed, **options)
         except UnknownNameError as error:
             raise recipe.error_at("parameters", str(error)) from error
     options = {name: value for name, value in options.items() if name not in HIDDEN}
-    share = options.get("validation", 0.0)
-    held = [sample.split(share, seed=data.seed)[1] if share else sample for sample in models.samples]
-    facts = {"held": held, "options": {k: v for k, v in options.items() if k != "groups"}}
-    facts["chosen_by"] = "kept apart" if share else "those that chose"
+    if "validation" in options:
+        options["validation"] = share  # as it was asked for
+    facts = {"held": shares.judges, "options": {k: v for k, v in options.items() if k != "groups"}}
+    facts["chosen_by"] = shares.which
     learned = found.coefficients
     if "groups" in options and isinstance(learned, Mapping) and learned.keys() <= {"", *groups.values()}:
         made = _with_weights(models, learned)
@@ -83,6 +92,11 @@ def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[s
     is_negation = method.samples == "target and control"
     free = mean if is_soup else task_negation if is_negation else task_arithmetic
     return made, free(recipe), {**facts, "is_negation": is_negation}
+
+
+def _chooses(recipe, options):
+    """Whether the method picks what it keeps by examples: one that always keeps its last step does not."""
+    return recipe.merge_method not in KEEPS_LAST and options.get("is_best_kept", True)
 
 
 def _with_weights(models: TaskModels, learned: Mapping[str, Any]) -> Recipe:

@@ -128,7 +128,7 @@ def _sample(config, examples: Examples, recipe: Recipe, models: Sequence[Checkpo
     try:
         return open_examples(
             config, name, models=models, split=examples.split, num_examples=data.samples, seed=data.seed,
-            options=examples.options,
+            options=examples.options, is_cut_refused=not examples.is_said,
         )  # fmt: skip
     except (ConfigError, DataError, UnknownNameError) as error:
         raise examples.node.error(str(error)) from error
@@ -159,9 +159,12 @@ def score_candidates(models: Sequence[Params], samples: Sequence[Sample]) -> lis
 
 
 def rank(scores: Sequence[Mapping[str, float]], experts: Sequence[Mapping[str, float]] | None) -> tuple[float, float]:
-    """What candidates are chosen by: mean accuracy beside each expert's (agreement without labels), then mean loss."""
-    first = mean_score(scores, experts) if experts is not None or "accuracy" in scores[0] else 0.0
-    names = ["loss" if "loss" in one else "divergence" if "divergence" in one else "entropy" for one in scores]
+    """What candidates are chosen by: mean accuracy beside each expert's (agreement without labels), then mean loss.
+
+    Of scores without accuracy and without agreement nothing says which is better; they are not ranked.
+    """
+    first = mean_score(scores, experts)
+    names = ["loss" if "loss" in one else "divergence" for one in scores]
     return first, -float(np.mean([one[name] for one, name in zip(scores, names, strict=True)]))
 
 

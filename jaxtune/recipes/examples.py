@@ -27,6 +27,9 @@ LEARNED = (
     "regmean_plus",
     "sca_learn",
 )
+# Methods that choose among finished models, or weigh them: by examples that none of the models was fitted to. So do
+# searches for options of merge methods.
+CHOOSERS = ("best_k_soup", "greedy_soup", "learned_soup", "lines")
 MAX_CANDIDATES = 4096
 MAX_SEED = 2**32  # of NumPy's frozen stream
 
@@ -38,12 +41,14 @@ class Examples:
     Attributes:
         name: As `data.open_source` takes it.
         split: Of it.
+        is_said: Whether the recipe names the split; else it is the method's, `default_split`.
         options: The source's own.
         node: Where it stands.
     """
 
     name: str
     split: str
+    is_said: bool
     options: Mapping[str, Any]
     node: Node
 
@@ -55,7 +60,7 @@ class DataBlock:
     Attributes:
         samples: At most so many a source; None: all.
         seed: Of the draw, of the split and of the method.
-        validation: Share that is kept for choosing and reporting where something is learned on the rest.
+        validation: Share that nothing is learned on: it judges, and where something is chosen too, half of it chooses.
         sources: Model, as the recipe names it -> its examples; one for all under "".
         search: Option of the merge method -> values to choose among.
         node: Where it stands.
@@ -95,33 +100,40 @@ def parse_data(node: Node, method: str, models: Sequence[Any] | None) -> DataBlo
         samples=samples and samples.value,
         seed=seed.value if seed else 0,
         validation=float(validation.value) if validation else 0.25,
-        sources=_parse_sources(node.get("sources"), [str(entry.model) for entry in models]),
+        sources=_parse_sources(node.get("sources"), [str(entry.model) for entry in models], default_split(method)),
         search=_parse_search(node.get("search"), method),
         node=node,
     )
 
 
-def _parse_sources(node, models):
+def default_split(method: str) -> str:
+    """Of sources whose split is not said: "validation" where examples only choose, else "train"."""
+    only_chooses = method in CHOOSERS or (method in METHODS and METHODS[method].data == "none")
+    return "validation" if only_chooses else "train"
+
+
+def _parse_sources(node, models, split):
     if isinstance(node.value, str) or (isinstance(node.value, dict) and "name" in node.value):
-        return {"": _parse_examples(node)}
+        return {"": _parse_examples(node, split)}
     sources = {}
     for key, one in node.items("examples by model, or one source for all"):
         if key not in models:
             raise one.error(f"no model of this recipe is called {key!r}.{did_you_mean(key, models)}", at_key=True)
-        sources[key] = _parse_examples(one)
+        sources[key] = _parse_examples(one, split)
     return sources
 
 
-def _parse_examples(node):
+def _parse_examples(node, default):
     if isinstance(node.value, str):
-        return Examples(node.value, "train", {}, node)
+        return Examples(node.value, default, False, {}, node)
     values = dict(node.items("a source of examples: PATH, or {name: PATH, split: train}"))
     if "name" not in values:
         raise node.error("'name' is missing: digits, glyphs, or the path of an .npz or .jsonl file.")
     split = values.pop("split", None)
     return Examples(
         values.pop("name").expect(str, "the name of a source"),
-        "train" if split is None else split.expect(str, "train, validation or test"),
+        default if split is None else split.expect(str, "train, validation or test"),
+        split is not None,
         {key: one.plain for key, one in values.items()},
         node,
     )
