@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.data.source import open_source
+from jaxtune.data.text_files import SUFFIXES
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate.candidates import one_candidate, stack_candidates
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
 from jaxtune.evaluate.language import TextMetrics, evaluate_texts
 from jaxtune.evaluate.many import evaluate_many
-from jaxtune.loading import Model, open_models
+from jaxtune.loading import Model, load, open_models
+from jaxtune.opening import open_examples
 from jaxtune.sample import Sample
-from jaxtune.sampling import Forward, Frozen
+from jaxtune.sampling import Forward, Frozen, predicts_tokens
 
 
 def evaluate(
@@ -28,7 +30,8 @@ def evaluate(
 
     Args:
         model: What is measured; several of one architecture are evaluated in one program.
-        source: A data source, a name or path for `data.open_source`, or a `Sample`, which knows how it is read.
+        source: A data source, a name or path for `data.open_source`, or a `Sample`, which knows how it is read. Texts
+            of a path are read by the model's own tokenizer.
         config: Architecture of a bare tree; a sample needs none.
         split: Of a source that is opened here. One that it does not have is an error: nothing else is taken instead.
         embeddings: float32[C, D], a frozen read-out, for a source; for CLIP those of `zero_shot_embeddings`.
@@ -47,8 +50,11 @@ def evaluate(
     models, names = (list(model), "model {}") if is_many else ([model], "model")
     if not models:
         raise ConfigError("there is no model to evaluate.")
+    models = [load(one) if isinstance(one, str | Path) else one for one in models]
     trees, config = open_models({names.format(n): one for n, one in enumerate(models)}, config)
     candidates = stack_candidates(list(trees.values())) if is_many else one_candidate(trees["model"])
+    if isinstance(source, str | Path) and str(source).endswith(SUFFIXES) and config is not None:
+        source = open_examples(config, source, models=models, split=split, needs_labels=not predicts_tokens(config))
     if isinstance(source, Sample):
         if embeddings is not None:
             raise ConfigError("a sample has its read-out already; embeddings= goes with a source.")

@@ -67,7 +67,7 @@ MAY_IMPORT["adapting"] = (*MAY_IMPORT["loading"], "loading", "adapters")
 MAY_IMPORT["report"] = (*ALL_ABOVE, "stream", "train", "evaluate", "recipes")
 MAY_IMPORT["combining"] = (*MAY_IMPORT["loading"], "loading", "merge", "interpolate")
 MAY_IMPORT["polish"] = ALL_ABOVE  # a transport that is done, and what a few examples make of it
-MAY_IMPORT["evaluating"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "evaluate")
+MAY_IMPORT["evaluating"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "opening", "evaluate")
 MAY_IMPORT["composing"] = (*MAY_IMPORT["loading"], "loading", "data", "sampling", "opening", "compose")
 for room in ("merging", "api", "commands", "demo", "cli", "__init__", "__main__"):
     above = (

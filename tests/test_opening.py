@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxtune as jt
+from jaxtune.commands import examples
 from jaxtune.deciding.task_models import open_task_models, score_candidates
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.models import decoder, encoder, registry
@@ -69,6 +70,33 @@ def test_recipes_and_compositions_read_texts_by_the_models_own_tokenizer(tmp_pat
     jt.compose("lot", tmp_path / "base", [tmp_path / "a"], [path])
     assert {tuple(row) for row in real_rows(given[0][0])} <= set(map(tuple, IDS))  # some may be "validation"
     assert ("valid" in given[0][0].batch) == (config is LANGUAGE)
+
+
+def test_an_evaluation_reads_texts_by_the_models_own_tokenizer(tmp_path):
+    save_models(tmp_path, LANGUAGE)
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps({"split": "test", "text": text}) for text in TEXTS))
+    sample = open_examples(LANGUAGE, path, models=[jt.load(tmp_path / "base")], split="test")
+    assert real_rows(sample) == IDS
+    of_path, of_sample = (jt.evaluate(tmp_path / "base", source) for source in (path, sample))
+    assert of_path == of_sample
+    assert of_path.num_tokens == sum(len(row) - 1 for row in IDS)
+
+
+def test_the_split_of_examples_can_be_named_on_the_command_line(tmp_path):
+    save_models(tmp_path, ENCODER)
+    path = tmp_path / "s.jsonl"
+    lines = [{"split": split, "text": TEXTS[0], "label": 0} for split in ("train", "test", "test")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    model = jt.load(tmp_path / "base")
+
+    def count(*pairs):
+        pairs = ("validation_fraction=0.0", *pairs)
+        return len(examples.open_examples(str(path), pairs, ENCODER, model, num_examples=None, seed=0))
+
+    assert [count(), count("split=test")] == [1, 2]
+    with pytest.raises(DataError, match="validation"):
+        count("split=validation")
 
 
 def test_windows_take_texts_of_any_length(tmp_path):

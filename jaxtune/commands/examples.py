@@ -89,7 +89,7 @@ def open_examples(
     seed: int,
     needs_labels: bool = False,
 ) -> Sample:
-    """Examples of the train split of what a user named.
+    """Examples of what a user named: of its train split, or of the one among the options.
 
     Args:
         name: An .npz file, texts as .jsonl or .jsonl.gz, or a built-in source.
@@ -105,9 +105,17 @@ def open_examples(
         ConfigError: an option that is not NAME=VALUE.
     """
     options = dict(_split(pair) for pair in pairs)
+    split = str(options.pop("split", "train"))
     count = DEFAULT_SAMPLES if num_examples is None else num_examples
     return opening.open_examples(
-        config, name, models=[model], num_examples=count, seed=seed, needs_labels=needs_labels, options=options
+        config,
+        name,
+        models=[model],
+        split=split,
+        num_examples=count,
+        seed=seed,
+        needs_labels=needs_labels,
+        options=options,
     )
 
 
