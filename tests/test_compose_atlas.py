@@ -160,7 +160,7 @@ def test_test_time_needs_no_labels_and_reports_with_them():
     found = compose("atlas_test_time", BASE, EXPERTS, SAMPLES[0], start=0.5, num_epochs=2, threshold=0.8)
     without = compose(
         "atlas_test_time", BASE, EXPERTS,
-        [SAMPLES[0].split(0.25)[0].without_labels()], start=0.5, num_epochs=2, threshold=0.8, validation=0.0,
+        [SAMPLES[0].without_labels().split(0.25)[0]], start=0.5, num_epochs=2, threshold=0.8, validation=0.0,
     )  # fmt: skip
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found.coefficients, without.coefficients)
     assert "accuracy" in found.info["validation"]["learned"][0]
