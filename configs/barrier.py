@@ -1,4 +1,4 @@
-"""The barrier between networks of other seeds: two sizes of vision transformer, two small GPTs on Shakespeare.
+"""The barrier between networks of other seeds: two sizes of vision transformer, a small GPT on Shakespeare.
 
     python -m experiments.barrier --config=configs/barrier.py --workdir=runs/barrier --config.data_dir=DIR
 
@@ -51,8 +51,7 @@ def get_config():
         learning_rate=3e-3,
     )
     c.language = dict(
-        gpt_narrow=dict(model=gpt | dict(width=64, head_width=16, mlp_width=256), **plays),
-        gpt_wide=dict(model=gpt | dict(width=128, head_width=32, mlp_width=512), **plays),
+        gpt=dict(model=gpt | dict(width=64, head_width=16, mlp_width=256), **plays),
     )
     c.alignments = {
         "permutation": dict(method="weights", options=dict(), num_inputs=0),

@@ -166,7 +166,7 @@ def test_barriers_of_vision_and_language(tmp_path, capsys):
         )
     )
     config = tiny_config("barrier")
-    plays = config.language.gpt_narrow.to_dict()
+    plays = config.language.gpt.to_dict()
     plays["model"] |= {"width": 16, "head_width": 8, "num_heads": 2, "num_kv_heads": 2, "mlp_width": 24, "depth": 1}
     plays["model"]["num_positions"] = 16
     plays["data"] = {"name": "plays.jsonl", "options": {"tokens": "bytes", "windows": 16}}

@@ -25,6 +25,9 @@ from jaxtune.types import Params
 
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 MIN_HELD = 4  # held-out examples; fewer say nothing
+# Standard errors that a gain must exceed: to leave the start (one side of 95 %, so that one example of a dozen that
+# comes out right is not enough), and for a higher rate to come before a lower one.
+LEAVING, CHANGING = 1.645, 1.0
 SAVE_EVERY = 5  # rounds
 
 
@@ -117,8 +120,8 @@ def descend(
     The rate rises over a tenth of the steps and falls as a cosine to a twentieth. Every `round_size` steps the held-out
     examples are asked; the best numbers of all rounds and rates are kept, the start among them, so that the result is
     never behind the start on them. What leaves the start, and what a higher rate makes, is further from where the
-    network was, so it must be better by more than the standard error of the difference. Without held-out examples the
-    end of the last rate is the result: give one rate.
+    network was, so it must be better by more than `LEAVING` or `CHANGING` standard errors of the difference. Without
+    held-out examples the end of the last rate is the result: give one rate.
 
     Args:
         learnable: What is learned.
@@ -244,8 +247,8 @@ def _judge(state, learnable, aim, held, held_support, at, num_steps, margin):
     state = replace(state, scores=state.scores.at[at].set(score))
     best_step = int(state.best_step)
     is_of_this_rate = best_step and (best_step - 1) // num_steps == at[0]
-    least = 0.0 if best_step else margin
-    if np.isfinite(state.best_score) and not is_of_this_rate and not _is_clear(state.best_each, each, least):
+    least, errors = (0.0, CHANGING) if best_step else (margin, LEAVING)
+    if np.isfinite(state.best_score) and not is_of_this_rate and not _is_clear(state.best_each, each, least, errors):
         return state
     if not score < float(state.best_score):  # NaN is never better
         return state
@@ -255,8 +258,8 @@ def _judge(state, learnable, aim, held, held_support, at, num_steps, margin):
     )  # fmt: skip
 
 
-def _is_clear(before, after, least):
-    """Whether losses fell by more than the standard error of what they fell by, and at least by so much; of each,
+def _is_clear(before, after, least, errors):
+    """Whether losses fell by more than so many standard errors of what they fell by, and at least by so much; of each,
     `1 - exp(-loss)` is taken.
 
     That is what a right answer's probability lacks, at most 1: of a few examples one with a great loss would decide.
@@ -264,7 +267,7 @@ def _is_clear(before, after, least):
     gains = np.exp(-np.asarray(after, np.float64)) - np.exp(-np.asarray(before, np.float64))
     if len(gains) < 2:
         return bool(gains > least)
-    return bool(np.mean(gains) > max(least, np.std(gains, ddof=1) / len(gains) ** 0.5))
+    return bool(np.mean(gains) > max(least, errors * np.std(gains, ddof=1) / len(gains) ** 0.5))
 
 
 def _each_loss(loss, learnable, numbers, sample):
