@@ -1,8 +1,10 @@
-"""Strict numerics for every test; two CPU devices, so that sharding is never a special case."""
+"""Strict numerics for every test; two CPU devices, so that sharding is never a special case; one store of programs."""
 
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +20,20 @@ with contextlib.suppress(ValueError):  # not the main thread
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Workers and the commands that tests start compile many a program that another has compiled already.
+STORE, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+OWN_STORE = None if STORE in os.environ else tempfile.mkdtemp(prefix="jaxtune-tests-")
+if OWN_STORE is not None:
+    os.environ[STORE], os.environ[LEAST] = OWN_STORE, "0.3"  # for all that is started from here
+jax.config.update("jax_compilation_cache_dir", os.environ[STORE])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", float(os.environ.get(LEAST, 0.3)))
+
+
+def pytest_unconfigure(config):
+    del config
+    if OWN_STORE is not None:  # the first process made it; workers have its name from there
+        shutil.rmtree(OWN_STORE, ignore_errors=True)
 
 
 @pytest.fixture

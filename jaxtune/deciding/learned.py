@@ -20,8 +20,8 @@ from jaxtune.recipes.parameters import evaluate_once
 from jaxtune.recipes.schema import Recipe
 from jaxtune.train.checkpoints import StateSeries
 
-# For the few dozen steps that a few hundred examples make; papers go through whole sets at a tenth of these rates.
-# Measured on four tasks of 64 examples each, see docs/merge.md. `preset: paper` leaves methods at their own defaults.
+# For the few dozen steps that a few hundred examples make; papers go through whole sets at a tenth of these rates. What
+# they bring: docs/results.md. `preset: paper` leaves methods at their own defaults.
 FEW = {
     "ada_merging": {"objective": "expert", "learning_rate": 1e-2, "num_steps": 300, "is_best_kept": True},
     "ada_rank": {"objective": "expert", "learning_rate": 1e-2, "num_steps": 300, "is_best_kept": True},
