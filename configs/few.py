@@ -40,7 +40,7 @@ def get_config():
     c.finetune = dict(num_steps=150, batch_size=64, learning_rate=1e-3)
     c.num_test, c.num_support = 1000, 500
     c.num_kept = 64
-    c.sizes = (8, 32, 128, 512, "2 a class")
+    c.sizes = (8, 32, 128, 512)
     c.ways = ways()
     c.comparisons = (
         ("full, then distil", "distil"),
