@@ -29,11 +29,6 @@ def get_config():
     )
     c.rungs = dict(release=(), branch=(), continued_rate=1e-3, has_other_data=False)
     c.tasks = dict(
-        turned_digits=dict(
-            name="mnist.npz",
-            options=dict(class_prefix="mnist/"),
-            shifts=(dict(name="rotate", options=dict(degrees=90.0)),),
-        ),
         thai_digits=dict(name="thai_digits.npz", options=dict(class_prefix="thai/")),
         consonants=dict(name="dhcd_cons_c.npz", options=dict(class_prefix="consonant/")),
     )
