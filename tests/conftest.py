@@ -36,6 +36,13 @@ def pytest_unconfigure(config):
         shutil.rmtree(OWN_STORE, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """What one file compiled is let go behind it: kept, programs of the whole suite take six gigabytes a worker."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)
