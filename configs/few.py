@@ -47,7 +47,6 @@ def get_config():
         ("full, then tune", "tune"),
         ("tied", "theseus"),
         ("align, then mask", "gradfix"),
-        ("align, then mask", "full"),
         ("gradfix_teacher", "gradfix"),
         ("align, then mask, no labels", "align, then mask"),
     )
