@@ -48,8 +48,9 @@ def polish_transport(
         keep: Inputs on which the result is to stay as the new base is; with labels half of the penalty is on them.
         spec: Symmetry of the target, for learn="rotation".
         **options: Of `teach.distill.distill`; of eight examples or more four are held out to judge the polish by, or a
-            fifth if that is more, and it stays out where they do not see it clearly better, by `MARGIN` at least. Of
-            fewer none are: the middle rate takes all the steps, and nothing judges what comes of it.
+            fifth if that is more, and it stays out where they do not see it surely better, and by `MARGIN` at least
+            where an example is one prediction. Of fewer none are: the middle rate takes all the steps, and nothing
+            judges what comes of it.
 
     Returns:
         (network, prepared): the task vector is what both steps added to the target; `info["polish"]` says what was
@@ -68,7 +69,8 @@ def polish_transport(
         raise ConfigError(f"polish {polish!r} needs examples: pass sample= (on the command line --data).")
     if "held_out" not in options and len(sample) >= 2 * NUM_HELD:
         options["held_out"] = max(HELD_SHARE, NUM_HELD / len(sample))
-    options.setdefault("margin", MARGIN)
+    # A text is many predictions: a dozen of them see small gains well.
+    options.setdefault("margin", 0.0 if "valid" in sample.batch else MARGIN)
     if options.get("learn", "weights") == "weights":  # a third of distillation's own rates: they keep the base's skills
         options.setdefault("rate_factor", RATE_FACTOR)
     made = distill(sample.without_labels(), finetuned, params, key=key, base=target, support=keep, spec=spec, **options)

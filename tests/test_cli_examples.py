@@ -180,7 +180,7 @@ def test_texts_polish_a_language_model_through_its_own_tokenizer(tmp_path, capsy
         if role == "source":
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
+                    parameter.add_(torch.randn_like(parameter))
             model.save_pretrained(tmp_path / "finetuned")
     vocabulary = {word: index + 2 for index, word in enumerate(words)} | {"[UNK]": 1, "[PAD]": 0}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -203,6 +203,8 @@ def test_texts_polish_a_language_model_through_its_own_tokenizer(tmp_path, capsy
             str(tmp_path / "texts.jsonl.gz"),
             "--samples",
             "32",
+            "--scale",  # far enough off for a polish to bring something
+            "0.1",
         ]
     )
     captured = capsys.readouterr()
@@ -211,5 +213,6 @@ def test_texts_polish_a_language_model_through_its_own_tokenizer(tmp_path, capsy
     assert report["examples"]["num_examples"] == 32
     polish = report["info"]["polish"]
     assert polish["score"] < polish["scores"][0][0]
+    assert polish["options"]["margin"] == 0  # of many tokens small gains are sure
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.isfinite(loaded(torch.arange(2, 10)[None]).logits).all()
