@@ -31,6 +31,7 @@ def rows_of(folder, name):
     return json.loads((folder / name).read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_a_merge_of_every_kind_beside_its_base_and_its_experts(tmp_path, capsys):
     config = tiny_config("merge_glyphs")
     config = tiny_config(
@@ -70,6 +71,7 @@ def test_a_merge_of_every_kind_beside_its_base_and_its_experts(tmp_path, capsys)
     assert [file.stat().st_mtime_ns for file in measured] == before
 
 
+@pytest.mark.slow
 def test_every_way_to_use_examples_on_every_pair(tmp_path, capsys):
     ways = tiny_config("few").ways.to_dict()
     taken = ("identity", "tied", "distil, support kept", "polish", "proxy logits", "nearest mean")
@@ -129,6 +131,7 @@ def test_equal_support_is_read_off_the_way_from_the_new_base():
     np.testing.assert_allclose(recovered(rows, "ours", 8), [1.0])
 
 
+@pytest.mark.slow
 def test_soups_beside_their_models(tmp_path, capsys):
     config = tiny_config("soups")
     config = tiny_config(
@@ -157,6 +160,7 @@ def test_soups_beside_their_models(tmp_path, capsys):
     assert capsys.readouterr().out.count("\n| ") == 4
 
 
+@pytest.mark.slow
 def test_barriers_of_vision_and_language(tmp_path, capsys):
     text = "To be, or not to be, that is the question. "
     (tmp_path / "plays.jsonl").write_text(
