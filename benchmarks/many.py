@@ -9,23 +9,26 @@ each after the other, so that background work hits all alike; a ratio is the med
 seconds, "work" the same of processor seconds of all cores (on a CPU, least over rounds), which background work moves
 little.
 
-Measured 2026-11-21 on two CPU cores that two dozen other processes shared (load 21), jax 0.10.2; seconds, 3 rounds:
+Measured 2026-11-21 on two idle CPU cores, jax 0.10.2; seconds, 5 rounds:
 
     model       row                      first  median     min     max   ratio    work
-    narrow      loop                     5.139   1.943   1.884   2.554    1.00    1.00
-    narrow      loop, small batches      6.310   2.354   0.763   2.887    1.09    0.72
-    narrow      many                    10.029   2.595   1.811   3.044    0.84    1.38
-    narrow      stacked                  9.925   2.911   2.195   2.929    0.67    1.32
-    narrow      side by side            12.383   4.392   3.746   5.374    0.52    1.07
-    perceptron  loop                     2.019   0.179   0.109   0.233    1.00    1.00
-    perceptron  loop, small batches      3.370   0.777   0.665   1.566    0.15    0.21
-    perceptron  many                     4.633   0.109   0.105   0.144    1.70    2.30
-    perceptron  stacked                  5.995   0.125   0.105   0.142    1.64    2.03
-    perceptron  side by side             5.048   0.309   0.212   0.408    0.57    1.36
+    narrow      loop                     0.816   0.406   0.395   0.424    1.00    1.00
+    narrow      loop, small batches      0.908   0.503   0.485   0.527    0.82    0.78
+    narrow      many                     1.003   0.216   0.213   0.217    1.87    1.47
+    narrow      stacked                  1.110   0.219   0.212   0.239    1.80    1.45
+    narrow      side by side             1.179   0.421   0.413   0.433    0.96    1.15
+    deep        loop                     1.496   0.873   0.860   0.952    1.00    1.00
+    deep        loop, small batches      1.633   1.220   1.187   1.381    0.71    0.80
+    deep        many                     1.409   0.537   0.532   0.558    1.63    1.33
+    deep        stacked                  1.531   0.548   0.543   0.577    1.58    1.30
+    deep        side by side             2.060   1.119   1.096   1.230    0.77    0.97
+    perceptron  loop                     0.154   0.032   0.030   0.034    1.00    1.00
+    perceptron  loop, small batches      0.246   0.123   0.122   0.137    0.25    0.25
+    perceptron  many                     0.310   0.016   0.014   0.017    1.88    2.18
+    perceptron  stacked                  0.396   0.016   0.015   0.023    2.00    1.89
+    perceptron  side by side             0.361   0.025   0.020   0.028    1.29    1.33
 
-Of "deep", "many" takes 1.21 to 1.25 times less work. The gain over that is the second core, which "loop" uses in part
-and "many" all the time where it is free: on such a machine the clock tells nothing of it. A quiet one, and an
-accelerator, are still to be measured.
+An accelerator is still to be measured.
 """
 
 import argparse
