@@ -70,7 +70,7 @@ def measure(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[s
                         print(f"{name}, pair {index}: {alignment}", file=sys.stderr, flush=True)
                         pair = bases(index), bases((index + 1) % config.num_pairs)
                         found = _measure(model, pair, how, inputs, test, seed=config.seed + index)
-                        _write(file, {"model": name, "index": index, "alignment": alignment, **found})
+                        workdir.keep_measured(file, {"model": name, "index": index, "alignment": alignment, **found})
                     rows.append(json.loads(file.read_text()))
             jax.clear_caches()
     workdir.publish_text("barrier.json", json.dumps({"config": plain, "rows": rows}, indent=1, allow_nan=False) + "\n")
@@ -179,13 +179,6 @@ def _measure(model, pair, how, inputs: Sample, test: Sample, *, seed) -> dict[st
         "accuracies": [one.accuracy for one in metrics],
         "seconds": round(seconds, 2),
     }
-
-
-def _write(file, row):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_suffix(".tmp")
-    partial_file.write_text(json.dumps(row, indent=1, allow_nan=False))
-    partial_file.replace(file)
 
 
 def render_page(config: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

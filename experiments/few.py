@@ -123,20 +123,13 @@ def climb(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[str
                                 aligned=aligned,
                             )
                         )
-                        _write(folder / f"{name}.json", measured)
+                        workdir.keep_measured(folder / f"{name}.json", measured)
                 where_from = {"model": model, "rung": pair.rung, "index": pair.index, "task": task}
                 for name in names:
                     rows += [where_from | row for row in json.loads((folder / f"{name}.json").read_text())]
         jax.clear_caches()
     write_results(workdir, plain, rows)
     return None
-
-
-def _write(file, rows):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(rows, indent=1, allow_nan=False))
-    partial.replace(file)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ def compare(config: ml_collections.ConfigDict, path: Path, overrides: Sequence[s
                 if not file.exists():
                     print(f"{scenario}, seed {seed}: {name}", file=sys.stderr, flush=True)
                     row = _measure(model, base, ceilings, tasks, make, kind, plain["scales"])
-                    _write(file, {"method": name, "kind": kind, "seed": seed, "scenario": scenario, **row})
+                    workdir.keep_measured(
+                        file, {"method": name, "kind": kind, "seed": seed, "scenario": scenario, **row}
+                    )
                 rows.append(json.loads(file.read_text()))
 
             measure("reference", "base", lambda base=base: base[1])
@@ -138,13 +140,6 @@ def _measure(model, base, ceilings, tasks, make, kind, scales) -> dict[str, Any]
         **row,
         "scaled": {"scale": scale, "curve": curve, "tasks": accuracies, **normalise(accuracies, ceilings)},
     }
-
-
-def _write(file, row):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(row, indent=1, allow_nan=False))
-    partial.replace(file)
 
 
 if __name__ == "__main__":

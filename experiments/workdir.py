@@ -76,9 +76,14 @@ class Workdir:
         """Marks the run as finished."""
         self.publish_text(RESULT_NAME, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
+    def keep_measured(self, file: Path, rows: Any) -> None:
+        """Keeps one part of what an experiment measures, so that the next run finds it; `file` lies in the folder."""
+        self.publish_text(str(file.relative_to(self.path)), json.dumps(rows, indent=1, allow_nan=False))
+
     def publish_text(self, name: str, text: str) -> None:
-        """Writes the file `name`, whole or not at all."""
+        """Writes the file `name`, whole or not at all; folders on the way are made."""
         temporary = self.path / f"{name}.tmp"
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
         os.replace(temporary, self.path / name)
 

@@ -1,14 +1,13 @@
 """Pre-training and fine-tuning in one process: what they leave behind, and what they refuse."""
 
 import csv
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from config_files import CONFIGS, read_module
 
 from experiments import barrier, few, merge, soups, versions
 from experiments.finetune import HALF_FIELDS, LORA_FIELDS, finetune
@@ -30,7 +29,6 @@ from jaxtune.train.lora import merge_lora
 from jaxtune.train.optimizer import make_optimizer, make_schedule
 from jaxtune.transport.registry import METHODS as TRANSPORT
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 DIGITS = {"name": "digits", "options": {"size": 16}, "eval_options": {}, "classes": (), "shifts": ()}
 SIZES = {"image_size": 16, "patch_size": 8, "channels": 1, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24}
 MLP = {"model_type": "jaxtune_mlp", "image_shape": (16, 16, 1), "widths": (16,), "num_outputs": 10}
@@ -49,9 +47,7 @@ SHORT = {
 
 def read_config(name, **changes):
     """A config file's own config, made small."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = read_module(name)
     config = module.get_config().to_dict() | SHORT | changes
     return ml_collections.ConfigDict(config), module
 

@@ -1,17 +1,20 @@
 """The experiments with examples and with many models, made tiny: every row is there, and a second run adds nothing."""
 
-import importlib.util
 import json
-from pathlib import Path
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
+from config_files import read_module
 
 from experiments import barrier, few, merge, soups
 from experiments.samples.results import at_equal_support, recovered
+from experiments.sources import open_task
+from experiments.suite.experts import Task
+from experiments.suite.score import choose_scale, score_tasks
+from jaxtune.models import registry
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "num_heads": 2, "mlp_width": 24, "num_outputs": 16}
 VIT = {"model_type": "jaxtune_vit", "channels": 1, **SIZES}
 DIGITS = {"name": "digits", "options": {"size": 16, "margin": 1}}
@@ -21,10 +24,7 @@ SHORT = {"num_steps": 10, "batch_size": 16, "learning_rate": 3e-3}
 
 def tiny_config(name, **changes):
     """A config file's own config, made small."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return ml_collections.ConfigDict(module.get_config().to_dict() | changes)
+    return ml_collections.ConfigDict(read_module(name).get_config().to_dict() | changes)
 
 
 def rows_of(folder, name):
@@ -60,8 +60,6 @@ def test_a_merge_of_every_kind_beside_its_base_and_its_experts(tmp_path, capsys)
     assert experts["tasks"] != by_name["stress", "experts, one a task"]["tasks"]
     added = by_name["plain", "task_arithmetic"]
     assert added["scaled"]["scale"] == max((0.5, 1.0), key=lambda scale: added["scaled"]["curve"][str(scale)])
-    if added["scaled"]["scale"] == 1.0:
-        assert added["scaled"]["tasks"] == pytest.approx(added["tasks"])
     assert "scaled" not in by_name["plain", "RegMean"]
     assert "### stress" in capsys.readouterr().out
 
@@ -69,6 +67,19 @@ def test_a_merge_of_every_kind_beside_its_base_and_its_experts(tmp_path, capsys)
     before = [file.stat().st_mtime_ns for file in measured]
     merge.compare(config, tmp_path / "run")
     assert [file.stat().st_mtime_ns for file in measured] == before
+
+
+def test_the_scale_is_chosen_on_validation_records_and_taken_from_the_base():
+    config = registry.config_from_dict(VIT)
+    base, merged = (registry.init(jax.random.key(seed), config) for seed in (0, 1))
+    tasks = {"digits": Task("digits", *(open_task(DIGITS, split) for split in ("train", "validation", "test")))}
+    scales = (0.0, 0.5, 1.0)
+    scale, scaled, curve = choose_scale(config, base, merged, tasks, scales)
+    ends = [score_tasks(config, params, tasks, split="validation")["digits"] for params in (base, merged)]
+    np.testing.assert_allclose([curve[0.0], curve[1.0]], ends, atol=1e-9)
+    assert scale == min(curve, key=lambda one: (-curve[one], one))
+    expected = jax.tree.map(lambda x, y: x + scale * (y - x), base, merged)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), dict(scaled), dict(expected))
 
 
 @pytest.mark.slow

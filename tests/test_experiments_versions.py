@@ -1,21 +1,16 @@
 """The chain of releases as an experiment: every row is there, and the ways agree where they are the same."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import ml_collections
 import pytest
+from config_files import read_module
 
 from experiments.versions import WAYS, compare
 
 
 def tiny_config():
-    path = Path(__file__).parents[1] / "configs" / "versions.py"
-    spec = importlib.util.spec_from_file_location("versions", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config().to_dict()
+    config = read_module("versions").get_config().to_dict()
     config["model"] |= {"width": 16, "depth": 1, "num_heads": 2, "mlp_width": 16, "image_size": 16, "patch_size": 8}
     config["model"] |= {"num_outputs": 16}
     digits = {"name": "digits", "options": {"size": 16, "margin": 1}}

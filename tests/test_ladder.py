@@ -1,9 +1,7 @@
 """The ladder: its rungs are what they say, its numbers are what a plain loop gives, and it goes on where it stopped."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from config_files import CONFIGS, read_module
 
 from experiments.ladder import FIELDS, climb
 from experiments.rungs.measure import ask_other_width
@@ -26,16 +25,12 @@ from jaxtune.rng import named_key
 from jaxtune.transport.registry import without_data
 from jaxtune.tree import flatten
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 VIT = vit.Config(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, mlp_width=24, num_outputs=16, channels=1)
 SCHEDULE = Schedule(num_steps=12, learning_rate=3e-3, batch_size=16)
 
 
 def read_config(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return read_module(name).get_config()
 
 
 def tiny_config(**changes):

@@ -1,13 +1,12 @@
 """Half fine-tuning: what is frozen stays, has no state, and is what the merge takes back; images mixed for BANG."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from config_files import read_module
 from small_models import random_params
 
 from experiments.finetune import finetune
@@ -110,16 +109,12 @@ def test_mixed_images_and_their_loss_are_those_of_a_loop():
 
 
 def test_a_run_records_its_half(tmp_path):
-    path = Path(__file__).parents[1] / "configs" / "finetune_digits.py"
-    spec = importlib.util.spec_from_file_location("finetune_digits", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     save(tmp_path / "base", registry.init(KEY, FLAT), config=registry.config_to_dict(FLAT))
     changes = {
         "base": str(tmp_path / "base"), "batch_size": 8, "num_steps": 2, "eval_batch_size": 100, "mixup": 0.2,
         "seed": 3, "schedule": {}, "half": {"level": "leaf", "stage": 1},
     }  # fmt: skip
-    config = ml_collections.ConfigDict(module.get_config().to_dict() | changes)
+    config = ml_collections.ConfigDict(read_module("finetune_digits").get_config().to_dict() | changes)
     config.data.options = {"size": 16, "margin": 1}
     assert finetune(config, tmp_path / "run") is None
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
