@@ -58,7 +58,9 @@ class Sample:
         indices = np.asarray(indices, np.int64)
         return replace(self, batch={name: values[indices] for name, values in self.batch.items()})
 
-    def split(self, fraction: float, *, seed: int = 0, by_class: bool = True) -> tuple["Sample", "Sample"]:
+    def split(
+        self, fraction: float, *, seed: int = 0, by_class: bool = True, turn: int = 0
+    ) -> tuple["Sample", "Sample"]:
         """(the rest, a share of the examples drawn by chance): what a method chooses by, kept from what it learns on.
 
         Where labels are known every class gives its share; an only example is of the rest as long as others are left.
@@ -67,6 +69,7 @@ class Sample:
             fraction: The share.
             seed: Of the draw.
             by_class: False: as if there were no labels, which both parts keep; for what must not go by them.
+            turn: For cross-validation: turns 0, 1, ... draw other examples each, as long as there are any.
 
         Raises:
             ConfigError: the share is not between 0 and 1.
@@ -88,6 +91,7 @@ class Sample:
             raise DataError(
                 f"{self.name}: a share of {fraction} of {len(self)} examples leaves none on one side. Give more."
             )
+        order = np.roll(order, turn * num_held)
         return self.take(np.sort(order[:-num_held])), self.take(np.sort(order[-num_held:]))
 
     def chunks(self, size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -12,7 +12,6 @@ from jaxtune import tree
 from jaxtune.cli import main
 from jaxtune.commands.examples import hash_sample
 from jaxtune.models import registry, vit
-from jaxtune.polish import MARGIN
 from jaxtune.sampling import make_sample
 from jaxtune.teach.distill import distill
 from jaxtune.teach.weights import whole_weights
@@ -62,7 +61,7 @@ def test_data_alone_brings_the_result_nearer_to_the_fine_tune(run, models):
     code, out, err, folder = run(*DATA)
     assert code == 0, err
     assert "24 of digits, labels not read" in out
-    assert "nats before the polish" in out
+    assert "exp(-divergence) from the fine-tune on 20 examples held out in turn" in out
     assert "expected share" not in out  # that was drawn for transports without data
     report = json.loads((folder / "report.json").read_text())
     sample = make_sample(CONFIG, "digits", num_examples=24, size=16)
@@ -76,16 +75,30 @@ def test_data_alone_brings_the_result_nearer_to_the_fine_tune(run, models):
     assert report["task_vector"]["norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_a_polish_is_distillation_from_where_the_transport_ends(models):
+def test_a_polish_is_the_mean_of_distillations_from_where_the_transport_ends(models):
     sample = make_sample(CONFIG, "digits", num_examples=24, size=16)
     polished = jt.transport(*models.values(), method="identity", sample=sample, polish="distill", scale=0.5)
+    found = polished.prepared.info["polish"]
     start = jt.transport(*models.values(), method="identity", scale=0.5, verify=False).params
     base, teacher = (jt.load(models[role]).params for role in ("target", "finetuned"))
     key = jt.rng.named_key(jax.random.key(0), "polish")
+    inputs = sample.without_labels()
+    seed = int(jax.random.bits(jt.rng.named_key(key, "held out"), dtype=np.uint32))
+    order = np.random.RandomState(seed).permutation(24)
     rates = tuple(rate / 3 for rate in whole_weights(start).rates)
-    options = {"base": base, "learning_rate": rates, "margin": MARGIN}
-    oracle = distill(sample.without_labels(), teacher, start, key=key, **options).params
-    jax.tree.map(np.testing.assert_array_equal, polished.params, dict(oracle))
+    students = []
+    for begin in (19, 14, 9, 4):  # five of 24 each
+        held = np.sort(order[begin : begin + 5])
+        rest = inputs.take(np.setdiff1d(np.arange(24), held))
+        options = {"learning_rate": rates, "validation": inputs.take(held), "errors": 0.0}
+        if students:
+            info = students[0].info
+            options = {"learning_rate": info["learning_rate"], "num_steps": info["step"], "schedule_steps": 150}
+            options["held_out"] = 0.0
+        students.append(distill(rest, teacher, start, key=key, base=base, **options))
+    expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(student.params for student in students))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), dict(polished.params), expected)
+    assert (found["verdict"], found["num_judges"]) == ("kept", 20)
     assert polished.expected is None
     assert polished.prepared.move is None
 
@@ -212,7 +225,7 @@ def test_texts_polish_a_language_model_through_its_own_tokenizer(tmp_path, capsy
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["examples"]["num_examples"] == 32
     polish = report["info"]["polish"]
-    assert polish["score"] < polish["scores"][0][0]
-    assert polish["options"]["margin"] == 0  # of many tokens small gains are sure
+    assert polish["verdict"] == "kept"
+    assert polish["likeness"][1] > polish["likeness"][0]
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.isfinite(loaded(torch.arange(2, 10)[None]).logits).all()

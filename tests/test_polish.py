@@ -1,6 +1,7 @@
-"""A polish of few examples: which rates it takes, and that it works where nothing can be held out to judge it."""
+"""A polish of few examples: which rates it takes, who judges it, and that it works where nothing can be held out."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_models import random_params
@@ -11,6 +12,8 @@ from jaxtune.models import mlp, registry
 from jaxtune.polish import polish_transport
 from jaxtune.sample import Sample
 from jaxtune.sampling import Forward
+from jaxtune.teach.distill import teach_sample
+from jaxtune.teach.judging import each_loss, find_gain
 from jaxtune.teach.weights import whole_weights
 from jaxtune.transport.prepared import Prepared
 
@@ -20,9 +23,12 @@ PREPARED = Prepared(tree.task_vector(TARGET, TARGET), registry.symmetry_of(CONFI
 THIRDS = [rate / 3 for rate in whole_weights(TARGET).rates]
 
 
-def polish(count, **options):
-    images = np.random.default_rng(count).normal(size=(count, 4, 4, 1)).astype(np.float32)
-    sample = Sample("dots", {"image": images}, Forward(CONFIG))
+def images(count, seed):
+    return {"image": np.random.default_rng(seed).normal(size=(count, 4, 4, 1)).astype(np.float32)}
+
+
+def polish(count, seed=0, **options):
+    sample = Sample("dots", images(count, seed + count), Forward(CONFIG))
     options = {"polish": "distill", "num_steps": 3} | options
     params, prepared = polish_transport(jax.random.key(0), PREPARED, TARGET, TEACHER, TARGET, sample, **options)
     return params, prepared.info["polish"]
@@ -42,6 +48,48 @@ def test_of_eight_examples_four_choose_among_three_rates():
     assert info["num_held"] == 4
     assert len(info["scores"]) == 3
     assert min(abs(info["learning_rate"] - rate) for rate in THIRDS) < 1e-9
+
+
+@pytest.mark.parametrize(("count", "num_judges"), [(8, 8), (24, 20), (64, 52), (300, 60)])
+def test_fifty_examples_judge_or_as_many_as_there_are(count, num_judges):
+    _, info = polish(count)
+    assert info["step"] > 0
+    assert info["num_judges"] == num_judges
+
+
+def noise(params, batch):
+    """A teacher that tosses a coin for every image: what was seen of one image says nothing of the next."""
+    del params
+    place = jnp.sum(batch["image"] * 1e4, axis=(1, 2, 3)).astype(jnp.int32) % 3
+    return 4.0 * jax.nn.one_hot(place, 3)
+
+
+def test_what_helps_no_unseen_example_is_left_out():
+    verdicts = []
+    for seed in range(12):
+        params, info = polish(32, seed=1000 * seed, teacher_forward=noise, num_steps=60, rate_factor=3.0)
+        verdicts.append(info["verdict"])
+        if info["verdict"] == "left out":
+            jax.tree.map(np.testing.assert_array_equal, dict(params), dict(TARGET))
+    assert verdicts.count("kept") <= 2  # one of twenty where nothing helps
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_helps_is_kept_in_every_draw(seed):
+    params, info = polish(64, num_steps=60, rate_factor=3.0, seed=seed)
+    assert info["verdict"] == "kept"
+    assert info["likeness"][1] - info["likeness"][0] == pytest.approx(info["gain"])
+    fresh = images(500, seed=77)
+    losses = []
+    for network in (TARGET, params):
+        loss, told = teach_sample(Sample("fresh", fresh, Forward(CONFIG)), TEACHER, network)
+        losses.append(each_loss(loss, told, network))
+    gain, error = find_gain(*losses)
+    assert gain == pytest.approx(info["gain"], abs=3 * (info["gain_error"] + error))
+
+
+def test_the_verdict_can_ask_for_more():
+    assert polish(64, num_steps=60, rate_factor=3.0, margin=0.9)[1]["verdict"] == "left out"
 
 
 def test_several_rates_of_the_callers_still_need_examples_to_choose_by():

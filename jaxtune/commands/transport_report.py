@@ -58,13 +58,13 @@ def _example_rows(report):
     rows = [{"what": "examples", "value": f"{given['num_examples']} of {given['data']}, {seen}"}]
     polish = report["info"].get("polish")
     if polish is not None:
-        rows.append(
-            {"what": "polish", "value": f"{polish['name']}, {polish['step']} steps at {polish['learning_rate']:.1e}"}
-        )
-        if polish["num_held"]:
-            before, after = polish["scores"][0][0], polish["score"]
-            what = f"divergence from the fine-tune on {polish['num_held']} examples held out"
-            rows.append({"what": what, "value": f"{before:.3f} nats before the polish, {after:.3f} after"})
+        how = f"{polish['name']}, {polish['step']} steps at {polish['learning_rate']:.1e}"
+        rows.append({"what": "polish", "value": "left out" if polish["verdict"] == "left out" else how})
+        if polish["num_judges"]:
+            before, after = polish["likeness"]
+            what = f"exp(-divergence) from the fine-tune on {polish['num_judges']} examples held out in turn"
+            seen = f"{before:.3f}, polished {after:.3f}: {polish['gain']:+.3f} ± {polish['gain_error']:.3f}"
+            rows.append({"what": what, "value": seen})
     return rows
 
 

@@ -17,6 +17,7 @@ from jaxtune.errors import ConfigError, NonFiniteError
 from jaxtune.gradients import Loss
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample
+from jaxtune.teach.judging import CHANGING, LEAVING, each_loss, find_gain
 from jaxtune.teach.order import Order
 from jaxtune.teach.weights import Learnable
 from jaxtune.train.same_run import check_settings, own_states
@@ -25,9 +26,6 @@ from jaxtune.types import Params
 
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 MIN_HELD = 4  # held-out examples; fewer say nothing
-# Standard errors that a gain must exceed: to leave the start (one side of 95 %, so that one example of a dozen that
-# comes out right is not enough), and for a higher rate to come before a lower one.
-LEAVING, CHANGING = 1.645, 1.0
 SAVE_EVERY = 5  # rounds
 
 
@@ -113,6 +111,8 @@ def descend(
     held_support: Sample | None = None,
     base: Params | None = None,
     margin: float = 0.0,
+    errors: float = LEAVING,
+    schedule_steps: int | None = None,
     series: Series | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Learns the numbers of `learnable`, once with each learning rate, and gives the network that was best.
@@ -120,7 +120,7 @@ def descend(
     The rate rises over a tenth of the steps and falls as a cosine to a twentieth. Every `round_size` steps the held-out
     examples are asked; the best numbers of all rounds and rates are kept, the start among them, so that the result is
     never behind the start on them. What leaves the start, and what a higher rate makes, is further from where the
-    network was, so it must be better by more than `LEAVING` or `CHANGING` standard errors of the difference. Without
+    network was, so it must be better by more than `errors` or `CHANGING` standard errors of the difference. Without
     held-out examples the end of the last rate is the result: give one rate.
 
     Args:
@@ -136,6 +136,8 @@ def descend(
         support: What `aim.keep` is of.
         base: What `aim.anchor` holds on to.
         margin: What leaving the start must bring at least, as the mean of `exp(-loss)` of the held-out examples.
+        errors: And by more than so many standard errors of that.
+        schedule_steps: Steps of the schedule, where fewer of them are taken; None: `num_steps`.
         series: Where states are kept; one that has some is gone on from.
 
     Returns:
@@ -154,6 +156,8 @@ def descend(
             f"num_steps {num_steps}, batch_size {batch_size}, round_size {round_size}, learning rates {rates}: "
             "all must be positive."
         )
+    if schedule_steps is not None and schedule_steps < num_steps:
+        raise ConfigError(f"a schedule of {schedule_steps} steps is shorter than the {num_steps} to take of it.")
     if held is None and len(rates) > 1:
         raise ConfigError(f"{sample.name}: to choose among {len(rates)} learning rates, examples must be held out.")
     orders = {
@@ -161,11 +165,12 @@ def descend(
         "support": None if support is None else Order(support, batch_size, named_key(key, "support")),
     }
     base = None if base is None or not aim.anchor else _floats(base)
+    leaving = (margin, errors)
     num_rounds = -(-num_steps // round_size)
     state = _first_state(learnable, len(rates), num_rounds, 0 if held is None else len(held))
     settings = {
         "num_steps": num_steps, "batch_size": batch_size, "round_size": round_size, "learning_rates": rates,
-        "num_examples": len(sample), "margin": margin,
+        "num_examples": len(sample), "margin": margin, "errors": errors, "schedule_steps": schedule_steps,
     }  # fmt: skip
     if series is not None and series.latest_step is not None:
         state, saved = series.restore(state)
@@ -176,27 +181,29 @@ def descend(
         if not done:
             state = replace(state, numbers=learnable.numbers, opt_state=ADAM.init(learnable.numbers))
             if not run:
-                state = _judge(state, learnable, aim, held, held_support, place(0), num_steps, margin)
+                state = _judge(state, learnable, aim, held, held_support, place(0), num_steps, leaving)
         count = min(round_size, num_steps - done)
         batches = {name: order and order.batches(done, count) for name, order in orders.items()}
         numbers, opt_state, losses = _steps(
             aim, learnable.build, learnable.fixed, base, state.numbers, state.opt_state, batches,
-            jnp.asarray(_schedule(rates[run], num_steps)[done : done + count]),
+            jnp.asarray(_schedule(rates[run], schedule_steps or num_steps)[done : done + count]),
         )  # fmt: skip
         at = (run, -(-(done + count) // round_size))
         state = replace(
             state, numbers=numbers, opt_state=opt_state, step=state.step + count,
             losses=state.losses.at[run, at[1] - 1].set(jnp.mean(losses)),
         )  # fmt: skip
-        state = _judge(state, learnable, aim, held, held_support, at, num_steps, margin)
+        state = _judge(state, learnable, aim, held, held_support, at, num_steps, leaving)
         is_last = int(state.step) == num_steps * len(rates)
         if series is not None and (is_last or at[1] % SAVE_EVERY == 0):
             series.save(state, settings)
     return _result(state, learnable, aim, held, rates, num_steps)
 
 
-def hold_out(sample: Sample, fraction: float, key: jax.Array) -> tuple[Sample, Sample | None]:
+def hold_out(sample: Sample, fraction: float, key: jax.Array, *, turn: int = 0) -> tuple[Sample, Sample | None]:
     """(what is learned on, what the choice is made by); the latter None where fewer than `MIN_HELD` would be held.
+
+    Other turns hold out other examples, as `Sample.split`.
 
     Raises:
         ConfigError: `fraction` outside [0, 1).
@@ -205,7 +212,8 @@ def hold_out(sample: Sample, fraction: float, key: jax.Array) -> tuple[Sample, S
         raise ConfigError(f"held_out is {fraction}; it must be at least 0 and below 1.")
     if round(fraction * len(sample)) < MIN_HELD:
         return sample, None
-    return sample.split(fraction, seed=int(jax.random.bits(named_key(key, "held out"), dtype=jnp.uint32)))
+    seed = int(jax.random.bits(named_key(key, "held out"), dtype=jnp.uint32))
+    return sample.split(fraction, seed=seed, turn=turn)
 
 
 def round_to(params: Params, like: Params) -> dict[str, Any]:
@@ -236,52 +244,29 @@ def _place(step, *, num_steps, round_size):
     return run, -(-done // round_size)
 
 
-def _judge(state, learnable, aim, held, held_support, at, num_steps, margin):
+def _judge(state, learnable, aim, held, held_support, at, num_steps, leaving):
     """The state after a look at the held-out examples; nothing changes where there are none."""
     if held is None:
         return state
-    each = _each_loss(aim.loss, learnable, state.numbers, held)
+    ask = partial(each_loss, numbers=state.numbers, build=learnable.build, fixed=learnable.fixed)
+    each = ask(aim.loss, held)
     score = float(np.mean(each))
     if held_support is not None and aim.keep is not None:
-        score += aim.protect * float(np.mean(_each_loss(aim.keep, learnable, state.numbers, held_support)))
+        score += aim.protect * float(np.mean(ask(aim.keep, held_support)))
     state = replace(state, scores=state.scores.at[at].set(score))
     best_step = int(state.best_step)
     is_of_this_rate = best_step and (best_step - 1) // num_steps == at[0]
-    least, errors = (0.0, CHANGING) if best_step else (margin, LEAVING)
-    if np.isfinite(state.best_score) and not is_of_this_rate and not _is_clear(state.best_each, each, least, errors):
-        return state
+    if np.isfinite(state.best_score) and not is_of_this_rate:
+        margin, errors = (0.0, CHANGING) if best_step else leaving
+        gain, error = find_gain(state.best_each, each)
+        if not gain > max(margin, errors * error):
+            return state
     if not score < float(state.best_score):  # NaN is never better
         return state
     return replace(
         state, best=state.numbers, best_score=jnp.asarray(score, jnp.float32), best_step=jnp.asarray(state.step),
         best_each=jnp.asarray(each, jnp.float32),
     )  # fmt: skip
-
-
-def _is_clear(before, after, least, errors):
-    """Whether losses fell by more than so many standard errors of what they fell by, and at least by so much; of each,
-    `1 - exp(-loss)` is taken.
-
-    That is what a right answer's probability lacks, at most 1: of a few examples one with a great loss would decide.
-    """
-    gains = np.exp(-np.asarray(after, np.float64)) - np.exp(-np.asarray(before, np.float64))
-    if len(gains) < 2:
-        return bool(gains > least)
-    return bool(np.mean(gains) > max(least, errors * np.std(gains, ddof=1) / len(gains) ** 0.5))
-
-
-def _each_loss(loss, learnable, numbers, sample):
-    """float64[N]: the loss of every example."""
-    parts = [
-        np.asarray(_losses(loss, learnable.build, learnable.fixed, numbers, chunk), np.float64)
-        for chunk in sample.chunks(min(64, len(sample)))
-    ]
-    return np.concatenate(parts)[: len(sample)]
-
-
-@partial(jax.jit, static_argnames=("loss", "build"))
-def _losses(loss, build, fixed, numbers, batch):
-    return loss(build(fixed, numbers), batch)
 
 
 @partial(jax.jit, static_argnames=("aim", "build"))

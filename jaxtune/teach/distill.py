@@ -13,6 +13,7 @@ from jaxtune.rng import named_key
 from jaxtune.sample import Batch, Sample
 from jaxtune.symmetry.spec import Spec
 from jaxtune.teach.descent import Aim, Series, descend, hold_out, round_to
+from jaxtune.teach.judging import LEAVING
 from jaxtune.teach.weights import Learnable, block_scales, low_rank, turned_scales, whole_weights
 from jaxtune.train.lora import DEFAULT_PATTERNS
 from jaxtune.train.same_run import own_states
@@ -64,7 +65,10 @@ def distill(
     learning_rate: float | Sequence[float] | None = None,
     rate_factor: float = 1.0,
     held_out: float = 0.2,
+    validation: Sample | None = None,
     margin: float = 0.0,
+    errors: float = LEAVING,
+    schedule_steps: int | None = None,
     support: Sample | None = None,
     protect: float = 1.0,
     anchor: float = 0.0,
@@ -97,8 +101,11 @@ def distill(
         batch_size: Examples a step, at most all.
         learning_rate: One, several to choose from, or None: three that go by the size of the weights.
         rate_factor: Of those three; a rate that is given is taken as it is.
-        held_out: Share of the sample that the choice is made by.
+        held_out: Share of the sample, and of the support set, that the choice is made by.
+        validation: Inputs to choose by instead of a share of the sample.
         margin: What leaving the start must bring at least on the held-out inputs, as the mean of `exp(-loss)`.
+        errors: And by more than so many standard errors of that.
+        schedule_steps: Steps of the schedule, where fewer of them are taken; None: `num_steps`.
         support: Inputs on which the student is to stay as `base` is; where it has labels, half of the penalty is the
             cross-entropy on them (replay).
         protect: Factor of the support set's penalty.
@@ -136,6 +143,10 @@ def distill(
     loss, taught = teach_sample(
         sample, teacher, start, targets=targets, temperature=temperature, forward=teacher_forward
     )
+    if validation is not None:
+        _, validation = teach_sample(
+            validation, teacher, start, targets=targets, temperature=temperature, forward=teacher_forward
+        )
     keep = kept = None
     if support is not None:
         check_sample(support, base, is_labelled=support.is_labelled)
@@ -146,7 +157,8 @@ def distill(
     return run_descent(
         sample=taught, start=start, learnable=learnable, aim=Aim(loss, keep, protect, anchor, weight_decay),
         key=named_key(key, "distill"), num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate,
-        rate_factor=rate_factor, held_out=held_out, margin=margin, support=kept, base=base, series=series,
+        rate_factor=rate_factor, held_out=held_out, validation=validation, margin=margin, errors=errors,
+        schedule_steps=schedule_steps, support=kept, base=base, series=series,
     )  # fmt: skip
 
 
@@ -218,20 +230,20 @@ def run_descent(
     learning_rate: float | Sequence[float] | None,
     held_out: float,
     rate_factor: float = 1.0,
+    validation: Sample | None = None,
     margin: float = 0.0,
+    errors: float = LEAVING,
+    schedule_steps: int | None = None,
     support: Sample | None = None,
     base: Params | None = None,
-    validation: Sample | None = None,
     series: Series | None = None,
 ) -> Distilled:
     """`descend` with a share held out, or `validation` in its place; one rate where there is nothing to choose by."""
-    held_support = None
-    if validation is None:
+    held, held_support = validation, None
+    if held is None:
         sample, held = hold_out(sample, held_out, key)
-        if support is not None and held is not None:
-            support, held_support = hold_out(support, held_out, named_key(key, "support"))
-    else:
-        held = validation
+    if support is not None and held is not None:
+        support, held_support = hold_out(support, held_out, named_key(key, "support"))
     if learning_rate is None:
         rates = learnable.rates if held is not None else learnable.rates[len(learnable.rates) // 2 :][:1]
         rates = [rate * rate_factor for rate in rates]
@@ -239,6 +251,7 @@ def run_descent(
         rates = np.atleast_1d(np.asarray(learning_rate, float)).tolist()
     params, info = descend(
         learnable, aim, sample, key=key, num_steps=num_steps, batch_size=batch_size, learning_rates=rates, held=held,
-        support=support, held_support=held_support, base=base, margin=margin, series=series,
+        support=support, held_support=held_support, base=base, margin=margin, errors=errors,
+        schedule_steps=schedule_steps, series=series,
     )  # fmt: skip
     return Distilled(round_to(params, start), {**info, "num_examples": len(sample)})
