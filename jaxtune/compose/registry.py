@@ -173,7 +173,7 @@ METHODS: dict[str, Method] = {
         mergetune,
         "a fine-tune trained on, so that the lines to what it was and to the base stay low",
         "labelled examples",
-        "MERGETUNE 2026",
+        "arXiv:2601.10497",
     ),
 }
 
