@@ -71,9 +71,10 @@ def mergetune(
         DataError: no labels.
 
     Reference:
-        Wang et al. 2026, arXiv:2601.10497, as its CoOp release has it: μ = 10, λ = 1, five t, SGD 2e-3 with a cosine. Differs: "weights",
-        ours, takes line and pull between the parameters of the network. `½ |w - w1|²` is a sum over all of them and
-        grows with their number where a mean of cosines does not, hence its smaller μ; the length is in steps.
+        Wang et al. 2026, arXiv:2601.10497, as its CoOp release has it: μ = 10, λ = 1, five t, SGD 2e-3 with a cosine.
+        Differs: "weights", ours, takes line and pull between the parameters of the network. `½ |w - w1|²` is a sum over
+        all of them and grows with their number where a mean of cosines does not, hence its smaller μ; the length is in
+        steps.
     """
     if space not in SPACES:
         raise unknown_name("space", space, SPACES)
