@@ -227,7 +227,7 @@ def _make(planned, place, work, run, *, overwrite, merge_span, processes):
     with run.stage("checksums"):
         decided = planned.decision
         inputs = [describe_model(model) for model in (decided.inputs if decided else _stored_models(planned))]
-        inputs += [describe_adapter(folder) for folder in _adapters_of(planned.recipe)]
+        inputs += [describe_adapter(folder) for folder in _adapters_of(decided.asked if decided else planned.recipe)]
     report = describe_merge(jobs, planned.plan, merged.crc32, inputs)
     if decided:
         report["data"] = decided.facts

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxtune.checkpoint.resume import digest_of, keep_work
 from jaxtune.deciding.decision import Decision, decide
+from jaxtune.recipes.chain import references_of
 from jaxtune.recipes.references import find_folder
 from jaxtune.recipes.schema import Recipe
 from jaxtune.report.run import Run
@@ -41,11 +42,12 @@ def _identity(recipe):
     """Sizes and times of the files that decide."""
     if recipe.data is None:
         return []
-    references = [entry.model for entry in recipe.models] + ([recipe.base_model] if recipe.base_model else [])
     places = []
-    for reference in references:
-        folder = Path(find_folder(reference.path, reference.revision, recipe.node, recipe.folder))
-        places += sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    for reference in references_of(recipe):
+        for path, revision in ((reference.path, reference.revision), (reference.lora, reference.lora_revision)):
+            if path is not None:
+                folder = Path(find_folder(path, revision, recipe.node, recipe.folder))
+                places += sorted(folder.iterdir()) if folder.is_dir() else [folder]
     for one in recipe.data.sources.values():
         beside = [] if recipe.folder is None else [recipe.folder / one.name]
         places += [place for place in (Path(one.name), *beside) if place.is_file()]

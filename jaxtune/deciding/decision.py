@@ -77,8 +77,7 @@ def decide(recipe: Recipe, work: Path) -> Decision:
             f"data: {', '.join(lacking)} has none of these examples right itself; its accuracy counts as it is."
         )
     notes.append(_note(recipe, default, facts, (before, after), experts, is_negation=is_negation))
-    inputs = {one.path: one for one in (models.base, *models.finetuned) if one is not None}
-    return Decision(made, recipe, facts, tuple(notes), tuple(inputs.values()))
+    return Decision(made, recipe, facts, tuple(notes), models.whole.inputs)
 
 
 def _note(recipe, default, facts, scores, experts, *, is_negation):

@@ -11,7 +11,7 @@ from jaxtune.compose.vectors import widen
 from jaxtune.deciding.search import combine_values, is_complete, search_options, with_options
 from jaxtune.deciding.shares import set_apart
 from jaxtune.deciding.task_models import TaskModels, rank, score_experts, with_teachers
-from jaxtune.deciding.variants import as_it_is, change, entries, mean
+from jaxtune.deciding.variants import ESTIMATES, as_it_is, change, entries, mean
 from jaxtune.evaluate.fisher import estimate_fisher, save_fisher
 from jaxtune.evaluate.grams import save_grams
 from jaxtune.evaluate.logits import Logits
@@ -25,7 +25,6 @@ from jaxtune.recipes.schema import Recipe
 from jaxtune.sample import Sample
 from jaxtune.types import Params
 
-ESTIMATES = {"fishers": "fisher", "grams": "gram"}
 SAVE = {"fisher": save_fisher, "gram": save_grams}
 NUM_WEIGHTS = 51  # candidates for the weights of Fishers
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtune.compose.registry import HIDDEN, METHODS, compose
 from jaxtune.deciding.shares import set_apart
 from jaxtune.deciding.task_models import TaskModels
-from jaxtune.deciding.variants import as_it_is, bare_entries, change, mean, task_arithmetic, task_negation
+from jaxtune.deciding.variants import SOUPS, as_it_is, bare_entries, change, mean, task_arithmetic, task_negation
 from jaxtune.errors import UnknownNameError
 from jaxtune.recipes.nodes import did_you_mean
 from jaxtune.recipes.parameters import evaluate_once
@@ -31,7 +31,6 @@ FEW = {
 KINDS = {bool: "bool", int: "int", float: "float", str: "str", Sequence[float]: "numbers"}  # what a recipe can say
 ONLY_CHOOSE = ("best_k_soup", "greedy_soup", "lines")  # nothing is learned between what they choose among
 KEEPS_LAST = ("atlas_test_time", "lot", "mergetune", "regmean_plus")  # or solves in one go
-SOUPS = ("best_k_soup", "greedy_soup", "learned_soup")  # of models of one task; they need no base
 
 
 def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[str, Any]]:

@@ -11,14 +11,15 @@ from jaxtune.checkpoint import Checkpoint
 from jaxtune.compose.objectives import teach
 from jaxtune.compose.scoring import mean_score, score_all, score_logits
 from jaxtune.compose.vectors import widen
+from jaxtune.deciding.variants import has_base
+from jaxtune.deciding.whole import WholeModels, open_whole
 from jaxtune.errors import ConfigError, DataError, UnknownNameError
 from jaxtune.evaluate.candidates import stack_candidates
 from jaxtune.evaluate.logits import Logits
 from jaxtune.evaluate.many import score_many
-from jaxtune.loading import check_same_architecture, load
+from jaxtune.loading import check_same_architecture
 from jaxtune.opening import open_examples
 from jaxtune.recipes.examples import Examples
-from jaxtune.recipes.references import ModelReference, find_folder
 from jaxtune.recipes.resolve import resolve
 from jaxtune.recipes.schema import Recipe
 from jaxtune.sample import Sample
@@ -35,17 +36,25 @@ class TaskModels:
 
     Attributes:
         recipe: As it was read.
-        base: None where the recipe names none.
-        finetuned: In the order of the recipe.
+        whole: Its models.
         samples: One a model; or a single one, for all.
         config: Of their network.
     """
 
     recipe: Recipe
-    base: Checkpoint | None
-    finetuned: tuple[Checkpoint, ...]
+    whole: WholeModels
     samples: tuple[Sample, ...]
     config: Any
+
+    @property
+    def base(self) -> Checkpoint | None:
+        """None where the recipe names none."""
+        return self.whole.base
+
+    @property
+    def finetuned(self) -> tuple[Checkpoint, ...]:
+        """In the order of the recipe."""
+        return self.whole.finetuned
 
     @property
     def like(self) -> Checkpoint:
@@ -73,7 +82,7 @@ class TaskModels:
 
     def merge(self, recipe: Recipe) -> Params:
         """The model that a recipe without examples makes, in memory, to the bit; as our tree."""
-        tensors = merge_in_memory(resolve(recipe))
+        tensors = merge_in_memory(self.whole.put_into(resolve(recipe)))
         codec = self.like.layout.codec
         return unflatten(tensors) if codec is None else codec.table.decode(tensors)
 
@@ -82,41 +91,37 @@ def open_task_models(recipe: Recipe) -> TaskModels:
     """Opens what a recipe with examples names.
 
     Raises:
-        RecipeError: an entry with an adapter or a transport, a model without examples, a source that cannot be read: at
-            its line and key.
+        RecipeError: a model without examples, a source that cannot be read, an adapter or a transport that does not
+            fit: at its line and key.
         ConfigError: models of an unknown family, or of several architectures.
     """
     data = recipe.data
     for entry in recipe.models:
-        if entry.model.lora is not None or entry.transport is not None:
-            raise entry.node.error(
-                "examples decide on whole models of one base: merge the adapter, or carry the model over, first."
+        if entry.transport is not None and not has_base(recipe.merge_method):
+            raise entry.transport.node.error(
+                f"{recipe.merge_method} has no base that a model could be carried to. Carry it over first, by "
+                "'jaxtune transport', and name the result."
             )
-    references = [entry.model for entry in recipe.models]
-    if recipe.base_model is not None:
-        references.append(recipe.base_model)
-    opened = {str(one): _open(one, recipe) for one in references}
+    whole = open_whole(recipe)
+    names = [str(entry.model) for entry in recipe.models]
+    opened = dict(zip(names, whole.finetuned, strict=True))
+    if whole.base is not None:
+        opened[str(recipe.base_model)] = whole.base
     try:
         config = check_same_architecture(opened)
     except ConfigError as error:
         raise data.node.error(f"examples need models whose network is known here. {error}", at_key=True) from error
-    finetuned = tuple(opened[str(entry.model)] for entry in recipe.models)
-    base = opened[str(recipe.base_model)] if recipe.base_model is not None else None
-    read_by = [one for one in (base, *finetuned) if one is not None]
+    read_by = [one for one in (whole.base, *whole.finetuned) if one is not None]
     if "" in data.sources:
         samples = (_sample(config, data.sources[""], recipe, read_by),)
     else:
-        lacking = [str(entry.model) for entry in recipe.models if str(entry.model) not in data.sources]
+        lacking = [name for name in names if name not in data.sources]
         if lacking:
             raise data.node.get("sources").error(
                 f"no examples of {', '.join(lacking)}. Name a source for each model, or one source for all."
             )
-        samples = tuple(_sample(config, data.sources[str(entry.model)], recipe, read_by) for entry in recipe.models)
-    return TaskModels(recipe, base, finetuned, samples, config)
-
-
-def _open(reference: ModelReference, recipe: Recipe) -> Checkpoint:
-    return load(find_folder(reference.path, reference.revision, recipe.node, recipe.folder), lazy=False)
+        samples = tuple(_sample(config, data.sources[name], recipe, read_by) for name in names)
+    return TaskModels(recipe, whole, samples, config)
 
 
 def _sample(config, examples: Examples, recipe: Recipe, models: Sequence[Checkpoint]) -> Sample:

@@ -6,12 +6,21 @@ from typing import Any
 
 from jaxtune import checkpoint
 from jaxtune.checkpoint import Checkpoint
+from jaxtune.merge.registry import METHODS
+from jaxtune.recipes.examples import LEARNED
 from jaxtune.recipes.nodes import nodes_of
 from jaxtune.recipes.parsing import parse_recipe
 from jaxtune.recipes.schema import Recipe
 from jaxtune.types import Params
 
+SOUPS = ("best_k_soup", "greedy_soup", "learned_soup")  # of models of one task; they need no base
+ESTIMATES = {"fishers": "fisher", "grams": "gram"}  # what a merge method asks for -> what is estimated
 WITHOUT_TOKENIZER = {"tokenizer_source": None, "tokenizer": None, "chat_template": None}
+
+
+def has_base(method: str) -> bool:
+    """Whether what is merged in the end may name a base: averages by Fishers and Grams, and of soups, may not."""
+    return method not in SOUPS and (method in LEARNED or not any(word in METHODS[method].data for word in ESTIMATES))
 
 
 def change(recipe: Recipe, **keys: Any) -> Recipe:
@@ -59,4 +68,4 @@ def entries(recipe: Recipe) -> list[dict[str, Any]]:
 
 def bare_entries(recipe: Recipe) -> list[dict[str, Any]]:
     """Models without parameters."""
-    return [{"model": entry["model"]} for entry in entries(recipe)]
+    return [{key: entry[key] for key in ("model", "transport") if key in entry} for entry in entries(recipe)]

@@ -49,7 +49,7 @@ def carry(model: Transported, *, seed: int = 0) -> Checkpoint:
     scale = options.pop("scale", 1.0)
     check_transport(model)
     opened = {"source": model.base, "finetuned": model.finetuned, "target": model.target}
-    opened = {role: understand(_read_made(one), lazy=True) for role, one in opened.items()}
+    opened = {role: understand(read_made(one), lazy=True) for role, one in opened.items()}
     trees, config = open_models(opened, None, roles_with_own_words=("source", "finetuned"))
     target = trees["target"]
     shared, _ = share_vocabulary(opened, trees, config)
@@ -97,7 +97,7 @@ def check_transport(model: Transported) -> None:
     check_same_architecture(three, roles_with_own_words=list(three)[:2])
 
 
-def _read_made(stored: Checkpoint) -> Checkpoint:
+def read_made(stored: Checkpoint) -> Checkpoint:
     """The same with tensors that are made when read, those of an adapter, in memory: key tables cut arrays only."""
     tensors = flatten(stored.params)
     if not any(map(is_lazy, tensors.values())):
