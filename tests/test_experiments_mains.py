@@ -9,7 +9,9 @@ import pytest
 from config_files import read_module
 
 from experiments import barrier, few, merge, soups
+from experiments.fitting import check_fields
 from experiments.samples.results import at_equal_support, recovered
+from experiments.samples.ways import WAYS
 from experiments.sources import open_task
 from experiments.suite.experts import Task
 from experiments.suite.score import choose_scale, score_tasks
@@ -114,6 +116,18 @@ def test_every_way_to_use_examples_on_every_pair(tmp_path, capsys):
     page = capsys.readouterr().out
     assert "| polish less tied |" in page
     assert "the same at equal support" in page
+
+
+@pytest.mark.parametrize("name", ["few", "polish"])
+def test_every_way_of_a_config_starts_from_one_of_its_own(name):
+    config = read_module(name).get_config()
+    check_fields(config, few.FIELDS)
+    ways = config.ways.to_dict()
+    assert {way["way"] for way in ways.values()} <= WAYS.keys()
+    for way in ways.values():
+        start = way.get("start", "base")
+        assert start == "base" or start in ways
+    assert {way for pair in config.comparisons for way in pair} <= ways.keys()
 
 
 def short_options(way):
