@@ -11,9 +11,9 @@ import numpy as np
 from jaxtune.errors import ConfigError, unknown_name
 from jaxtune.sample import Sample
 from jaxtune.symmetry.spec import Spec
-from jaxtune.teach.descent import hold_out, round_to
+from jaxtune.teach.descent import round_to
 from jaxtune.teach.distill import Distilled, distill, teach_sample
-from jaxtune.teach.judging import LEAVING, each_loss, find_gain
+from jaxtune.teach.judging import LEAVING, each_loss, find_gain, hold_out
 from jaxtune.transport.prepared import Prepared
 from jaxtune.tree import task_vector
 from jaxtune.types import Params

@@ -60,3 +60,14 @@ def test_smoothed_losses_are_those_of_a_loop(has_padding):
     np.testing.assert_allclose(
         single, [-(0.8 * p[0][y] + 0.2 * p[0].mean()) for p, y in zip(logs, label[:, 0], strict=True)], 1e-5
     )
+
+
+@pytest.mark.parametrize("labels", [np.arange(20) % 3, np.zeros(20, int)], ids=("classes", "one class"))
+def test_turns_draw_other_examples_until_all_were_drawn(labels):
+    sample = of_labels(labels)
+    drawn = [sample.split(0.2, seed=5, turn=turn) for turn in range(5)]
+    for rest, held in drawn:
+        assert sorted([*rest.batch["row"], *held.batch["row"]]) == list(range(20))
+    assert sorted(row for _, held in drawn for row in held.batch["row"]) == list(range(20))
+    first = sample.split(0.2, seed=5)[1].batch["row"].tolist()
+    assert drawn[0][1].batch["row"].tolist() == first

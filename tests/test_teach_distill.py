@@ -19,6 +19,7 @@ from jaxtune.models import mlp, registry, vit
 from jaxtune.sampling import make_sample
 from jaxtune.teach import descent
 from jaxtune.teach.distill import distill, teach_sample
+from jaxtune.teach.judging import hold_out
 from jaxtune.teach.weights import whole_weights
 from jaxtune.train.checkpoints import StateSeries
 from jaxtune.transport.prepared import apply_transport
@@ -131,7 +132,7 @@ def test_the_best_of_rates_and_rounds_is_kept_and_never_behind_the_start(network
     assert [len(row) for row in scores][:2] == [3, 2]  # the start, then two rounds for each rate
     best = int(np.argmin([min(row) for row in scores[:2]]))
     assert found.info["learning_rate"] == (1e-3, 1e-2)[best]
-    held = descent.hold_out(sample, 0.2, jax.random.key(0))[1]
+    held = hold_out(sample, 0.2, jax.random.key(0))[1]
     assert len(held) == found.info["num_held"] == 5
     hopeless = distill(sample, teacher, base, **QUICK | {"learning_rate": 1e4})
     assert hopeless.info["step"] == 0
@@ -346,3 +347,30 @@ def test_as_a_transport_the_student_stands_at_scale_one(start, networks, sample)
         prepare_transport(KEY, symmetry, source, finetuned, target, method="distill")
     with pytest.raises(UnknownNameError, match="start"):
         prepare_transport(KEY, symmetry, source, finetuned, target, method="distill", sample=sample, start="gradfix")
+
+
+@pytest.mark.parametrize("learn", ["weights", "lora"])
+def test_a_choice_is_made_again_from_its_rate_and_steps(sample, networks, learn):
+    """What cross-validation stands on: fewer steps of a schedule are the first of it."""
+    teacher, base = networks
+    rest, held = sample.split(0.25)
+    how = QUICK | {"learn": learn, "lora_rank": 2} | PATTERNS
+    found = distill(rest, teacher, base, **how | {"learning_rate": (1e-3, 1e-2)}, validation=held, errors=0.0)
+    step, rate = found.info["step"], found.info["learning_rate"]
+    assert found.info["num_held"] == len(held)
+    assert step > 0
+    again = how | {"learning_rate": rate, "num_steps": step, "schedule_steps": QUICK["num_steps"], "held_out": 0.0}
+    made = distill(rest, teacher, base, **again)
+    jax.tree.map(np.testing.assert_array_equal, dict(made.params), dict(found.params))
+    with pytest.raises(ConfigError, match="a schedule of 4 steps is shorter than the 5 to take of it"):
+        distill(rest, teacher, base, **again | {"num_steps": 5, "schedule_steps": 4})
+
+
+def test_leaving_the_start_asks_for_more_than_a_chance(sample, networks):
+    teacher, base = networks
+    rest, held = sample.split(0.25)
+    how = QUICK | {"validation": held}
+    assert distill(rest, teacher, base, **how, errors=0.0).info["step"] > 0
+    stayed = distill(rest, teacher, base, **how, errors=1e6)
+    assert stayed.info["step"] == 0
+    jax.tree.map(np.testing.assert_array_equal, dict(stayed.params), dict(base))

@@ -25,7 +25,6 @@ from jaxtune.tree import flatten, is_float, unflatten
 from jaxtune.types import Params
 
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-MIN_HELD = 4  # held-out examples; fewer say nothing
 SAVE_EVERY = 5  # rounds
 
 
@@ -198,22 +197,6 @@ def descend(
         if series is not None and (is_last or at[1] % SAVE_EVERY == 0):
             series.save(state, settings)
     return _result(state, learnable, aim, held, rates, num_steps)
-
-
-def hold_out(sample: Sample, fraction: float, key: jax.Array, *, turn: int = 0) -> tuple[Sample, Sample | None]:
-    """(what is learned on, what the choice is made by); the latter None where fewer than `MIN_HELD` would be held.
-
-    Other turns hold out other examples, as `Sample.split`.
-
-    Raises:
-        ConfigError: `fraction` outside [0, 1).
-    """
-    if not 0 <= fraction < 1:
-        raise ConfigError(f"held_out is {fraction}; it must be at least 0 and below 1.")
-    if round(fraction * len(sample)) < MIN_HELD:
-        return sample, None
-    seed = int(jax.random.bits(named_key(key, "held out"), dtype=jnp.uint32))
-    return sample.split(fraction, seed=seed, turn=turn)
 
 
 def round_to(params: Params, like: Params) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from jaxtune.gradients import LabelLoss, Loss, TeacherLoss, check_sample, predic
 from jaxtune.rng import named_key
 from jaxtune.sample import Batch, Sample
 from jaxtune.symmetry.spec import Spec
-from jaxtune.teach.descent import Aim, Series, descend, hold_out, round_to
-from jaxtune.teach.judging import LEAVING
+from jaxtune.teach.descent import Aim, Series, descend, round_to
+from jaxtune.teach.judging import LEAVING, hold_out
 from jaxtune.teach.weights import Learnable, block_scales, low_rank, turned_scales, whole_weights
 from jaxtune.train.lora import DEFAULT_PATTERNS
 from jaxtune.train.same_run import own_states

@@ -1,20 +1,40 @@
-"""Whether held-out examples see one network clearly better than another."""
+"""Examples that are held out, and whether they see one network clearly better than another."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.errors import ConfigError
 from jaxtune.gradients import Loss
+from jaxtune.rng import named_key
 from jaxtune.sample import Sample
 from jaxtune.types import Params
 
 # Standard errors that a gain must exceed: to leave the start (one side of 95 %, so that one example of a dozen that
 # comes out right is not enough), and for a higher rate to come before a lower one.
 LEAVING, CHANGING = 1.645, 1.0
+MIN_HELD = 4  # held-out examples; fewer say nothing
 CHUNK = 64  # examples that are judged at once
+
+
+def hold_out(sample: Sample, fraction: float, key: jax.Array, *, turn: int = 0) -> tuple[Sample, Sample | None]:
+    """(what is learned on, what the choice is made by); the latter None where fewer than `MIN_HELD` would be held.
+
+    Other turns hold out other examples, as `Sample.split`.
+
+    Raises:
+        ConfigError: `fraction` outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"held_out is {fraction}; it must be at least 0 and below 1.")
+    if round(fraction * len(sample)) < MIN_HELD:
+        return sample, None
+    seed = int(jax.random.bits(named_key(key, "held out"), dtype=jnp.uint32))
+    return sample.split(fraction, seed=seed, turn=turn)
 
 
 def find_gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
