@@ -13,7 +13,6 @@ from pathlib import Path
 def get_config():
     c = _read_neighbour("few")
     c.rungs.update(release=(1.0,), branch=(0.5,))
-    c.tasks.update(_read_neighbour("ladder").tasks)
     c.sizes = (8, 32, 64)
     del c.ways
     c.ways = {
