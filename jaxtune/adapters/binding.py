@@ -1,5 +1,6 @@
 """Which tensors of a base an adapter changes, and where their axes lie in our leaves."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,14 @@ from jaxtune.types import Leaf, Params
 
 # What transformers 5 calls otherwise than the files that it writes: network -> file.
 RENAMED = ((".mlp.", ".block_sparse_moe."), ("lm_head.", "embed_out."))
+# The same of vision transformers: of DINOv2, and of ViT and DeiT. First what is part of no other.
+DINO = (
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+    (".attention.o_proj.", ".attention.output.dense."),
+)
+VIT = (*DINO, (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."), ("layers.", "encoder.layer."))
 # Token table of a file without the words that a network with a head puts in front -> those words.
 TRUNKS = {"wte.weight": "transformer.", "embed_tokens.weight": "model.", "embed_in.weight": "gpt_neox."}
 
@@ -165,7 +174,11 @@ def sides_of(matrix: Matrix, path: str) -> tuple[Side, Side]:
 
 def network_name(name: str, table: KeyTable) -> str:
     """What the network of transformers 5 calls a stored tensor."""
-    for ours, theirs in RENAMED:
+    stored = {name for row in table.rows for name in row.names}
+    renamed = RENAMED
+    if any(DINO[0][1] in one for one in stored):
+        renamed = VIT if any(VIT[4][1] in one for one in stored) else DINO
+    for ours, theirs in renamed:
         name = name.replace(theirs, ours)
     # A file of the trunk alone, with a head that is tied to its table: the older GPT-2 on the hub.
     trunk = next((TRUNKS[table_name] for table_name in table.ties.values() if table_name in TRUNKS), "")
@@ -221,6 +234,8 @@ def _resolve(wanted, known):
 
 def _find(name, known):
     options = [name] + [name.replace(ours, theirs) for ours, theirs in RENAMED]
+    for renamed in (DINO, VIT):
+        options.append(functools.reduce(lambda name, pair: name.replace(*pair, 1), renamed, name))
     return next((option for option in options if option in known), None)
 
 
