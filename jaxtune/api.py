@@ -203,6 +203,13 @@ def transport(
     """
     if method not in TRANSPORT_METHODS:
         raise unknown_name("transport method", method, TRANSPORT_METHODS)
+    if sample is not None and TRANSPORT_METHODS[method].data == "none" and polish == "none":
+        raise ConfigError(
+            f"sample=: method {method!r} does not look at examples. Pass polish='distill', which teaches the result on "
+            "them, or a method that does."
+        )
+    if keep is not None and polish == "none":
+        raise ConfigError("keep= goes with a polish: pass polish='distill'.")
     opened = {"source": source, "finetuned": finetuned, "target": target}
     if isinstance(finetuned, str | Path) and is_adapter(finetuned):
         finetuned = opened["finetuned"] = read_adapter(finetuned)

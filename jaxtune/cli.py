@@ -85,7 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     transport.add_argument("--data", metavar="DATA", help="a few examples to go by: an .npz, .jsonl, digits or glyphs")
     transport.add_argument("--samples", type=int, metavar="N", help="so many of its train split (default: 64)")
     transport.add_argument(
-        "--data-option", action="append", default=[], metavar="NAME=VALUE", help="of the data, for instance task=mine"
+        "--data-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the data: task=mine, or class_prefix=mine/ for classes whose names began so when they were tuned on",
     )
     transport.add_argument(
         "--polish",
@@ -101,6 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
     transport.add_argument("--rank", type=int, help="of a LoRA that is cut out of the moved weights anew")
     transport.add_argument("--evaluate", metavar="DATA", help="measure the task on an .npz, digits or glyphs")
     transport.add_argument("--support", metavar="DATA", help="measure also what the base could before")
+    for name in ("keep", "evaluate", "support"):
+        transport.add_argument(
+            f"--{name}-option", action="append", default=[], metavar="NAME=VALUE", help=f"of the data of --{name}"
+        )
     transport.add_argument("--no-verify", dest="verify", action="store_false", help="gather no evidence; faster")
     transport.add_argument("--plan", action="store_true", help="check, say what it takes, write nothing")
     _add_common(transport)

@@ -12,9 +12,10 @@ from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
 from jaxtune.evaluate.language import TextMetrics, evaluate_texts
 from jaxtune.evaluate.many import evaluate_many
 from jaxtune.loading import Model, load, open_models
+from jaxtune.models.readout import frozen_readout
 from jaxtune.opening import open_examples
 from jaxtune.sample import Sample
-from jaxtune.sampling import Forward, Frozen, predicts_tokens
+from jaxtune.sampling import Forward, Frozen, num_outputs, predicts_tokens
 
 
 def evaluate(
@@ -34,7 +35,9 @@ def evaluate(
             of a path are read by the model's own tokenizer.
         config: Architecture of a bare tree; a sample needs none.
         split: Of a source that is opened here. One that it does not have is an error: nothing else is taken instead.
-        embeddings: float32[C, D], a frozen read-out, for a source; for CLIP those of `zero_shot_embeddings`.
+        embeddings: float32[C, D], a frozen read-out, for a source; for CLIP those of `zero_shot_embeddings`. None:
+            outputs are one a class, or, of a model with another number of them, read by the names of the classes
+            (`models.readout.class_embeddings`).
         **options: `batch_size`; `top_k` for images; `at_a_time` and `memory` for several models and for samples, see
             `evaluate.score_many`.
 
@@ -69,6 +72,8 @@ def evaluate(
         raise ConfigError("pass config= (a model config or its dict): a bare tree does not say what it computes.")
     if isinstance(source, str | Path):
         source = open_source(str(source), split)
+    if embeddings is None:
+        embeddings = frozen_readout(source.class_names, num_outputs(config))
     if not is_many:
         return evaluate_classifier(config, trees["model"], source, embeddings=embeddings, **options)
     forward = Forward(config, None if embeddings is None else Frozen(embeddings))

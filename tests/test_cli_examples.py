@@ -60,7 +60,7 @@ def divergence(params, models, sample):
 def test_data_alone_brings_the_result_nearer_to_the_fine_tune(run, models):
     code, out, err, folder = run(*DATA)
     assert code == 0, err
-    assert "24 of digits, labels not read" in out
+    assert "24 of digits, labels not learned from" in out
     assert "exp(-divergence) from the fine-tune on 20 examples held out in turn" in out
     assert "expected share" not in out  # that was drawn for transports without data
     report = json.loads((folder / "report.json").read_text())
@@ -146,7 +146,7 @@ def test_images_without_labels_serve_methods_that_need_none(run, tmp_path):
     path = write_npz(tmp_path / "plain.npz", train_x=images)
     code, out, err, _ = run("--data", path, "--method", "theseus")
     assert code == 0, err
-    assert "plain.npz, labels not read" in out
+    assert "plain.npz, no labels; outputs read as one a class" in out
     code, _, err, _ = run("--data", path, "--method", "gradfix", "--overwrite")
     assert code == 2
     assert "label" in err

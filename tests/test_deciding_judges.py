@@ -138,6 +138,8 @@ def test_a_search_can_be_worse_than_what_it_began_with(folder, tmp_path, monkeyp
 
     real = decision.score_candidates
     monkeypatch.setattr(decision, "score_candidates", lambda models, samples: real(models, samples)[::-1])
+    compare = decision.compare
+    monkeypatch.setattr(decision, "compare", lambda before, after, *rest: compare(after, before, *rest))
     search = {"lambda": [-1.0, 0.5, 1.0]}
     recipe = recipe_of(folder, "task_arithmetic", parameters={"lambda": -1.0}, search=search)
     report = merge_recipe(recipe, tmp_path / "out")
@@ -154,7 +156,14 @@ def test_too_few_examples_give_no_verdict(folder, tmp_path):
     (note,) = [note for note in report["notes"] if note.startswith("data: ")]
     assert "beside task_arithmetic as it is on 24 examples of split train (those that chose)" in note
     assert note.endswith("this is no verdict: give more of them, or a share as validation")
-    assert not [words for words in ("better than", "as good as", "WORSE") if words in note]
+    assert not [words for words in ("better than", "as good as", "WORSE", "not to be told from") if words in note]
+
+
+def test_too_few_judges_of_what_only_learns_give_no_verdict(folder, tmp_path):
+    report = merge_recipe(recipe_of(folder, "regmean", samples=8), tmp_path / "out")
+    assert report["data"]["validation"]["which"] == LEARNED
+    assert report["data"]["validation"]["examples"] == [8, 8]
+    assert "this is no verdict" in report["notes"][-1]
 
 
 def test_a_model_without_a_right_answer_of_its_own_is_named(folder, tmp_path):

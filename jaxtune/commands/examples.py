@@ -9,10 +9,12 @@ import numpy as np
 
 from jaxtune import opening
 from jaxtune.checkpoint import Checkpoint
+from jaxtune.commands.pairs import parse_pairs
 from jaxtune.errors import ConfigError
 from jaxtune.sample import Sample
 
 DEFAULT_SAMPLES = 64
+READ_LABELS_IF_THERE = ("align_then_mask",)  # of the methods that need none
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def open_given(arguments: Any, needed: str, config: Any, model: Checkpoint) -> G
         DataError: as `open_examples`.
     """
     if arguments.data is None:
-        for name in ("samples", "keep", "data_option"):
+        for name in ("samples", "keep", "data_option", "keep_option"):
             if getattr(arguments, name):
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} goes with --data DATA, which says where examples are.")
@@ -60,12 +62,15 @@ def open_given(arguments: Any, needed: str, config: Any, model: Checkpoint) -> G
     sample = open_examples(
         arguments.data, arguments.data_option, config, model, needs_labels=needed == "labelled examples", **how
     )
-    keep = open_examples(arguments.keep, [], config, model, **how) if arguments.keep else None
+    if arguments.keep_option and not arguments.keep:
+        raise ConfigError("--keep-option goes with --keep DATA.")
+    keep = open_examples(arguments.keep, arguments.keep_option, config, model, **how) if arguments.keep else None
     return Given(sample, keep, polish)
 
 
-def describe_given(arguments: Any, given: Given) -> dict[str, Any] | None:
-    """For the report: where examples came from, how many, and a hash of them; None without any."""
+def describe_given(arguments: Any, given: Given, needed: str) -> dict[str, Any] | None:
+    """For the report: where examples came from, how many, whether the method reads their labels (`needed`), and a hash
+    of them; None without any."""
     if given.sample is None:
         return None
     return {
@@ -73,6 +78,9 @@ def describe_given(arguments: Any, given: Given) -> dict[str, Any] | None:
         "options": list(arguments.data_option),
         "num_examples": len(given.sample),
         "are_labelled": given.sample.is_labelled,
+        "are_labels_read": given.sample.is_labelled
+        and (needed == "labelled examples" or arguments.method in READ_LABELS_IF_THERE),
+        "are_classes_known": given.sample.is_labelled or getattr(given.sample.forward, "embeddings", None) is not None,
         "sha256": hash_sample(given.sample),
         "polish": given.polish,
         "keep": None if given.keep is None else {"data": arguments.keep, "num_examples": len(given.keep)},
@@ -104,7 +112,7 @@ def open_examples(
         DataError: no such data, or it does not fit the network.
         ConfigError: an option that is not NAME=VALUE.
     """
-    options = dict(_split(pair) for pair in pairs)
+    options = parse_pairs(pairs)
     split = str(options.pop("split", "train"))
     count = DEFAULT_SAMPLES if num_examples is None else num_examples
     return opening.open_examples(
@@ -127,15 +135,3 @@ def hash_sample(sample: Sample) -> str:
         digest.update(f"{name} {values.dtype.str} {values.shape} ".encode())
         digest.update(values.tobytes())
     return digest.hexdigest()
-
-
-def _split(pair):
-    name, equals, value = pair.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"--data-option {pair!r}: write it as NAME=VALUE, for instance task=mine.")
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value

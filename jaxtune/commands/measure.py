@@ -1,12 +1,14 @@
 """Accuracy on data that a user names: an .npz file, or a built-in source."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtune.commands.pairs import parse_pairs
 from jaxtune.data.source import DataSource, open_source
 from jaxtune.errors import DataError
 from jaxtune.evaluate.classifier import Metrics, evaluate_classifier
-from jaxtune.models.readout import class_embeddings
+from jaxtune.models.readout import frozen_readout
 from jaxtune.types import Params
 
 SUPPORT_RECORDS = 2000  # of an unlimited source
@@ -25,8 +27,8 @@ class Data:
     embeddings: Any
 
 
-def open_data(name: str | None, config: Any) -> Data | None:
-    """Opens the test split of what a user named; None for None.
+def open_data(name: str | None, pairs: Sequence[str], config: Any) -> Data | None:
+    """Opens the test split of what a user named, with options as NAME=VALUE; None for None.
 
     A model with as many outputs as there are classes is read as logits; any other through the frozen
     read-out, one fixed direction per class name.
@@ -37,15 +39,14 @@ def open_data(name: str | None, config: Any) -> Data | None:
     """
     if name is None:
         return None
-    options = {}
+    options = parse_pairs(pairs)
     if name == "glyphs":
-        options["num_records"] = SUPPORT_RECORDS
-    source = open_source(name, "test", **options)
+        options.setdefault("num_records", SUPPORT_RECORDS)
+    source = open_source(name, options.pop("split", "test"), **options)
     num_outputs = getattr(config, "num_outputs", None)
     if num_outputs is None:
         raise DataError(f"{name}: models of this family have no classes to measure; use jaxtune.evaluate from Python.")
-    names = source.class_names
-    return Data(source, None if num_outputs == len(names) else class_embeddings(names, num_outputs))
+    return Data(source, frozen_readout(source.class_names, num_outputs))
 
 
 def measure_on(config: Any, params: Params, data: Data) -> Metrics:

@@ -18,6 +18,7 @@ from jaxtune.commands.options import describe_inputs, load_models, parse_options
 from jaxtune.commands.transport_plan import check_symmetry, describe_plan
 from jaxtune.commands.transport_report import make_page, summarise
 from jaxtune.errors import ConfigError, unknown_name
+from jaxtune.evaluate.doubts import doubt, doubt_names
 from jaxtune.loading import check_same_architecture, network_of, other_widths
 from jaxtune.report.run import Run, describe_host, to_json
 from jaxtune.transport.registry import METHODS, check_widths
@@ -50,13 +51,16 @@ def run(arguments) -> None:
         check_symmetry(config, arguments.method)
         print(describe_plan(models, arguments.method, config))
         return
-    data = {name: open_data(getattr(arguments, name), config) for name in ("evaluate", "support")}
+    data = {name: _open_data(arguments, name, config) for name in ("evaluate", "support")}
     given = open_given(arguments, METHODS[arguments.method].data, config, models["target"])
     with work.stage("hash"):
         inputs = describe_inputs(models, adapter)
     method = {"name": arguments.method, "options": {**METHODS[arguments.method].options, **options}}
     asked = {"command": "transport", "method": method, "scale": arguments.scale, "seed": arguments.seed}
-    asked |= {"output": {"form": form, "rank": arguments.rank}, "examples": describe_given(arguments, given)}
+    asked |= {
+        "output": {"form": form, "rank": arguments.rank},
+        "examples": describe_given(arguments, given, METHODS[arguments.method].data),
+    }
     if given.polish != "none" and form == "lora" and arguments.rank is None:
         raise ConfigError(
             "a polish changes weights and not the adapter's factors. Ask for full weights (--as full), for a new "
@@ -77,6 +81,7 @@ def run(arguments) -> None:
             )
         with work.stage("measure"):
             measured = _measure(models, result.params, data)
+            doubts = _doubts(models, measured, data, None if others else given.sample)
         with work.stage("adapter"):
             carried, facts = _make_adapter(arguments, form, adapter, models, result)
         report = {
@@ -89,6 +94,7 @@ def run(arguments) -> None:
             "equivalence": None if result.equivalence is None else result.equivalence.as_dict(),
             "expected": result.expected,
             "measured": measured,
+            "doubts": doubts,
             "adapter": facts,
             "host": describe_host(),
             "cost": work.cost(),
@@ -176,6 +182,25 @@ def _norms(models, result) -> dict[str, float]:
 
     moved, base = norm(result.prepared.task_vector), norm(models["target"].params)
     return {"norm": moved, "relative_to_target": moved / max(base, np.finfo(np.float64).tiny)}
+
+
+def _open_data(arguments, name, config):
+    pairs = getattr(arguments, f"{name}_option")
+    if pairs and not getattr(arguments, name):
+        raise ConfigError(f"--{name}-option goes with --{name} DATA.")
+    return open_data(getattr(arguments, name), pairs, config)
+
+
+def _doubts(models, measured, data, sample) -> list[str]:
+    """What says that the fine-tune's outputs are read by other names of classes than those it was tuned with."""
+    found = {}
+    if sample is not None:
+        found["--data"] = doubt_names(sample, models["finetuned"].params)
+    task = data["evaluate"]
+    if task is not None and task.embeddings is not None:
+        classes, outputs = task.embeddings.shape
+        found["--evaluate"] = doubt(measured[1]["task"], len(task.source), num_classes=classes, num_outputs=outputs)
+    return [f"{flag}: the fine-tune has {words} ({flag}-option)." for flag, words in found.items() if words]
 
 
 def _measure(models, params, data) -> list[dict[str, Any]]:

@@ -54,7 +54,9 @@ def _example_rows(report):
     given = report["examples"]
     if given is None:
         return []
-    seen = "with their labels" if given["are_labelled"] and given["polish"] == "none" else "labels not read"
+    seen = "with their labels" if given["are_labels_read"] else "labels not learned from"
+    if not given["are_classes_known"]:
+        seen = "no labels; outputs read as one a class (class_names in the file would name them)"
     rows = [{"what": "examples", "value": f"{given['num_examples']} of {given['data']}, {seen}"}]
     polish = report["info"].get("polish")
     if polish is not None:
@@ -65,6 +67,10 @@ def _example_rows(report):
             what = f"exp(-divergence) from the fine-tune on {polish['num_judges']} examples held out in turn"
             seen = f"{before:.3f}, polished {after:.3f}: {polish['gain']:+.3f} ± {polish['gain_error']:.3f}"
             rows.append({"what": what, "value": seen})
+        else:
+            rows.append(
+                {"what": "judges of the polish", "value": "none: fewer than eight examples are all learned from"}
+            )
     return rows
 
 
@@ -94,6 +100,7 @@ def summarise(report, out) -> str:
     parts.append(render_table({"what": "transport", "value": ""}, _rows(report)))
     if report["evidence"]:
         parts += ["", ADVICE[report["evidence"]["lineage"]["verdict"]], *([EXPECTED] if report["expected"] else [])]
+    parts += report["doubts"]
     if not report["measured"]:
         parts.append("Nothing was measured on data; --evaluate DATA and --support DATA do.")
     if report["inputs"]["target"]["format"] == "torch":
@@ -108,7 +115,9 @@ def make_page(report) -> str:
     """report.html."""
     sections = [Section("What was done", [], {"what": "", "value": ""}, _rows(report))]
     if report["measured"]:
-        sections.append(Section("What it brought and what it cost", [], MEASURED_COLUMNS, _measured_rows(report)))
+        sections.append(
+            Section("What it brought and what it cost", report["doubts"], MEASURED_COLUMNS, _measured_rows(report))
+        )
     if report["evidence"]:
         sections[0] = dataclasses.replace(sections[0], words=[EXPECTED] if report["expected"] else [])
         sections += evidence_section(report["evidence"], report["equivalence"])

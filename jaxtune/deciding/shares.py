@@ -33,7 +33,7 @@ def set_apart(
     """Judges first, and of the rest those that choose.
 
     Where something is learned and something chosen, either has half of the share; a method that only chooses does so by
-    all the rest.
+    all the rest. With fewer than `FEWEST` judges of a task there are none.
 
     Args:
         samples: One a task.
@@ -51,10 +51,13 @@ def set_apart(
     samples = list(samples)
     if not share:
         return Shares(samples, 0.0, samples, LEARNED if learns else CHOSE)
+    fewest = min(map(len, samples))
     judging = share / 2 if learns and chooses else share
-    if chooses and min(round(judging * len(sample)) for sample in samples) < FEWEST:
+    if round(judging * fewest) < FEWEST:
         if not learns:
             return Shares(samples, 0.0, samples, CHOSE)
+        if not chooses or not round(share * fewest):
+            return Shares(samples, 0.0, samples, LEARNED)
         return Shares(samples, share, [one.split(share, seed=seed, by_class=by_class)[1] for one in samples], CHOSE)
     pairs = [one.split(judging, seed=seed, by_class=by_class) for one in samples]
     given, judges = ([pair[n] for pair in pairs] for n in range(2))

@@ -42,6 +42,13 @@ def class_embeddings(class_names: Sequence[str], dim: int) -> np.ndarray:
     return embeddings
 
 
+def frozen_readout(class_names: Sequence[str], num_outputs: int | None) -> np.ndarray | None:
+    """How outputs become classes: None where they are one a class, or nothing says which, else `class_embeddings`."""
+    if not class_names or num_outputs is None or num_outputs == len(class_names):
+        return None
+    return class_embeddings(class_names, num_outputs)
+
+
 def read_out(features: jax.Array, embeddings: jax.Array, *, scale: float | jax.Array = DEFAULT_SCALE) -> jax.Array:
     """Logits of classes: scaled cosines of features and class embeddings.
 
