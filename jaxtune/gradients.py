@@ -159,13 +159,14 @@ def check_sample(sample: Sample, params: Params, *, is_labelled: bool) -> None:
     """
     if not len(sample):
         raise DataError(f"{sample.name}: there are no examples.")
-    for name, values in sample.batch.items():
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise DataError(f"{sample.name}: {name!r} holds NaN or Inf.")
+    check_finite_inputs(sample)
     if not is_labelled:
         return
     if not sample.is_labelled:
-        raise DataError(f"{sample.name}: the examples have no labels, and this learns from labels.")
+        raise DataError(
+            f"{sample.name}: the examples have no labels, and this learns from labels. Give labels with them, or take "
+            "a method that needs none."
+        )
     one = {name: values[:1] for name, values in sample.batch.items()}
     num_classes = jax.eval_shape(partial(ask, sample.forward), jax.tree.map(_shape_of, params), one).shape[-1]
     labels = sample.batch["label"]
@@ -173,7 +174,21 @@ def check_sample(sample: Sample, params: Params, *, is_labelled: bool) -> None:
         labels = labels[sample.batch["valid"]]
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
         raise DataError(
-            f"{sample.name}: labels {labels.min()} to {labels.max()}, the network has {num_classes} classes."
+            f"{sample.name}: labels {labels.min()} to {labels.max()}, the network has {num_classes} classes (labels 0 "
+            f"to {num_classes - 1}). Leave the others out, or number them as the network does."
+        )
+
+
+def check_finite_inputs(sample: Sample) -> None:
+    """Raises `DataError` that names the first examples whose inputs hold NaN or Inf."""
+    for name, values in sample.batch.items():
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            continue
+        found = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
+        shown = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+        raise DataError(
+            f"{sample.name}: {name!r} holds NaN or Inf in examples {shown} ({len(found)} of {len(values)}). Leave "
+            "those out, or put numbers in their place."
         )
 
 

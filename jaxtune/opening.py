@@ -12,7 +12,7 @@ from jaxtune.data.stored_tokens import TOKENIZER_NAME, read_tokenizer
 from jaxtune.data.text_files import SUFFIXES
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.sample import Sample
-from jaxtune.sampling import make_sample, make_text_sample, predicts_tokens
+from jaxtune.sampling import check_kind, make_sample, make_text_sample, predicts_tokens
 
 MAX_LENGTH = 256  # tokens of a text whose model would take more
 # Files that say what a model's token ids mean; with one of them beside the weights no other numbering makes sense.
@@ -55,16 +55,26 @@ def open_examples(
     if is_language and needs_labels:
         raise DataError(f"{data}: a language model has no classes to learn labels of; use a method without labels.")
     if isinstance(data, str | Path):
+        if may_lack_labels(data):  # a file: its ending says what it holds
+            check_kind(str(data), config, ("text",) if str(data).endswith(SUFFIXES) else ("image",))
         if str(data).endswith(SUFFIXES):
             options = {**options, **_own_tokens(str(data), options, config, models)}
         if may_lack_labels(data):
             options = {"allow_unlabelled": not needs_labels, **options}
-        data = _open(str(data), split, options, is_cut_refused=is_cut_refused)
+        source = _open(str(data), split, options, is_cut_refused=is_cut_refused)
     elif options:
         raise ConfigError(f"options {', '.join(options)} are for a source that is opened here; this one is open.")
-    if is_language:
-        return make_text_sample(config, data if num_examples is None else take_sample(data, num_examples, seed=seed))
-    return make_sample(config, data, num_examples=num_examples, seed=seed, needs_labels=needs_labels)
+    else:
+        source = data
+    try:
+        if is_language:
+            few = source if num_examples is None else take_sample(source, num_examples, seed=seed)
+            return make_text_sample(config, few)
+        return make_sample(config, source, num_examples=num_examples, seed=seed, needs_labels=needs_labels)
+    except DataError as error:
+        if source is data or not may_lack_labels(data):
+            raise
+        raise DataError(f"{data}: {error}") from error  # a sample's name is short; a file has a path
 
 
 def _open(name, split, options, *, is_cut_refused):

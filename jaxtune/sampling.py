@@ -1,7 +1,7 @@
 """Samples of a task for a network: records checked against it, and how its outputs become logits."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtune.data import kinds
 from jaxtune.data.parts import take_few, take_sample
 from jaxtune.data.source import DataSource, may_lack_labels, open_source
 from jaxtune.errors import ConfigError, DataError
+from jaxtune.gradients import check_finite_inputs
 from jaxtune.models import decoder, registry
 from jaxtune.models.readout import class_embeddings, read_out
 from jaxtune.sample import Sample, inputs_of
@@ -185,7 +187,10 @@ def make_sample(
         raise DataError(f"{where}: there are no examples.")
     batch = {name: np.asarray(values) for name, values in source.__getitems__(np.arange(len(source))).items()}
     if needs_labels and "label" not in batch:
-        raise DataError(f"{where}: the examples have no labels, and what is asked for needs them.")
+        raise DataError(
+            f"{where}: the examples have no labels, and what is asked for needs them. Give each example its label, or "
+            "take a method that needs none."
+        )
     return _check(Sample(where, batch, _forward_for(config, source, embeddings, where), Record(config)), source)
 
 
@@ -216,8 +221,7 @@ def make_text_sample(
     if isinstance(text, DataSource):
         name = name or f"{text.name} ({text.split})"
         records = text.__getitems__(np.arange(len(text)))
-        if "text" not in records:
-            raise DataError(f"{name}: the records hold {', '.join(records)} and no text.")
+        check_kind(name, config, records)
         text, mask = records["text"], records.get("mask", mask)
     name = name or "texts"
     text = np.asarray(text)
@@ -255,13 +259,18 @@ def num_outputs(config: Any) -> int | None:
 def _check(sample, source):
     """The sample, seen to fit the network: one example is run through it, and every label is a class."""
     batch, names = sample.batch, source.class_names
-    for name, values in batch.items():
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise DataError(f"{sample.name}: {name!r} holds NaN or Inf.")
+    check_finite_inputs(sample)
     label = batch.get("label")
     if label is not None and (label.min() < 0 or label.max() >= len(names)):
-        raise DataError(f"{sample.name}: labels {label.min()} to {label.max()}, there are {len(names)} classes.")
+        raise DataError(
+            f"{sample.name}: labels {label.min()} to {label.max()}, there are {len(names)} classes. Leave the others "
+            "out, or give class_names a name for each."
+        )
     forward = sample.forward
+    check_kind(sample.name, forward.config, batch)
+    shape = _image_shape(forward.config)
+    if "image" in batch and shape is not None:
+        kinds.check_images(sample.name, batch["image"], shape)
     if "text" in batch:
         _check_ids(sample.name, forward.config, batch["text"])
     try:
@@ -275,6 +284,24 @@ def _check(sample, source):
             "are labels of whole examples. Give it a head for whole examples, or a pooler."
         )
     return sample
+
+
+def check_kind(where: str, config: Any, held: Collection[str]) -> None:
+    """Raises `DataError` where what examples hold ("image", "text") is not what a network takes.
+
+    Args:
+        where: What the error calls the examples.
+        config: Of a model family.
+        held: Names of what they hold.
+    """
+    kinds.check_kind(where, held, _image_shape(config), takes_text=registry.vocabulary_size(config) is not None)
+
+
+def _image_shape(config):
+    """(height, width, channels) of a network's images, None where any will do; None of one that takes no images."""
+    tower = getattr(config, "vision", config)
+    size, channels = getattr(tower, "image_size", None), getattr(tower, "channels", None)
+    return getattr(tower, "image_shape", None) or (None if channels is None else (size, size, channels))
 
 
 def _check_ids(where, config, text):

@@ -283,7 +283,7 @@ def test_a_sample_for_a_language_model(pets):
     for other in (TEXT_MODEL, dataclasses.replace(config, head="last", num_outputs=3)):
         with pytest.raises(ConfigError, match=f"head {other.head!r} does not predict the next token"):
             sampling.make_text_sample(other, source)
-    with pytest.raises(DataError, match="hold image, label and no text"):
+    with pytest.raises(DataError, match="these are images, and the network takes texts"):
         sampling.make_text_sample(config, open_source("digits", "test"))
 
 

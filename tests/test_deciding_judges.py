@@ -15,12 +15,14 @@ from jaxtune.deciding.shares import CHOSE, KEPT, LEARNED, set_apart
 from jaxtune.deciding.task_models import open_task_models
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.merging import merge_recipe
-from jaxtune.models import mlp, registry
+from jaxtune.models import decoder, mlp, registry
+from jaxtune.opening import open_examples
 from jaxtune.recipes import examples
 from jaxtune.recipes.reading import read_recipe
 from jaxtune.sample import Sample
 
 CONFIG = mlp.Config(image_shape=(2, 2, 1), widths=(5,), num_outputs=3)
+READER = decoder.Config(vocab_size=8, width=8, depth=1, num_heads=1, num_kv_heads=1, head_width=8, mlp_width=8)
 
 
 @pytest.fixture(scope="module")
@@ -216,4 +218,4 @@ def test_compositions_in_python_have_the_same_default(folder, tmp_path):
     texts = tmp_path / "x.jsonl"
     texts.write_text("\n".join(json.dumps({"split": "train", "text": "a b", "label": n % 2}) for n in range(40)))
     with pytest.raises(DataError, match=r"x\.jsonl: there is no validation split in it"):
-        jt.compose("greedy_soup", folder / "base", models, texts)
+        open_examples(READER, texts, split="validation", is_cut_refused=True)

@@ -69,4 +69,7 @@ def check_samples(finetuned: Sequence[Params], samples: Sequence[Sample], *, is_
         if not len(sample):
             raise DataError(f"{sample.name}: there are no examples.")
         if is_labelled and not sample.is_labelled:
-            raise DataError(f"{sample.name}: the examples have no labels, and this method learns from labels.")
+            raise DataError(
+                f"{sample.name}: the examples have no labels, and this method learns from labels. Give each example "
+                "its label, or take a method that needs none."
+            )

@@ -18,6 +18,8 @@ _LAYOUT = (
 _WORDS = {"x": "image", "images": "image", "y": "label", "labels": "label", "group": "group"}
 _SPLIT_WORDS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 _MAX_CHANNELS = 4
+_NUM_LISTED = 5  # indices of bad records in an error
+_MAGIC_ZIP, _MAGIC_ARRAY = (b"PK\x03\x04", b"PK\x05\x06"), b"\x93NUMPY"  # how files begin that NumPy writes
 
 
 class ArraySource:
@@ -106,7 +108,7 @@ def open_npz(
     is_cut = split != "test" and "validation" not in tables.splits
     stored = "train" if is_cut else split
     if stored not in tables.splits:
-        raise DataError(f"{path}: no {stored} split in it, only {', '.join(tables.splits)}. {_LAYOUT}")
+        raise tables.missing(split, stored)
     names = [class_prefix + name for name in tables.read_class_names()]
     images = tables.read(stored, "image")
     labels = tables.read(stored, "label") if tables.has(stored, "label") else None
@@ -147,18 +149,28 @@ class _Tables:
                     if place in self._keys:
                         raise DataError(f"{path}: {self._keys[place]!r} and {key!r} are both the {' '.join(place)}s.")
                     self._keys[place] = key
-        with_images = [s for s in SPLITS if (s, "image") in self._keys]
-        self.splits = [s for s in with_images if allow_unlabelled or (s, "label") in self._keys]
-        if with_images and not self.splits:
-            raise DataError(
-                f"{path}: images of {', '.join(with_images)} without labels. Give the labels too; methods that need "
-                f"none take such a file as it is (allow_unlabelled=True). {_LAYOUT}"
-            )
-        if not self.splits:
+        self._with_images = [s for s in SPLITS if (s, "image") in self._keys]
+        self.splits = [s for s in self._with_images if allow_unlabelled or (s, "label") in self._keys]
+        if not self._with_images:
             raise DataError(f"{path}: no split found. Keys: {', '.join(self._names) or 'none'}. {_LAYOUT}")
 
     def has(self, split, kind):
         return (split, kind) in self._keys
+
+    def missing(self, split, stored):
+        """What to raise where the split asked for, which is read from `stored`, is not there or has no labels."""
+        if stored in self._with_images:
+            key = self._keys[stored, "image"]
+            label_key = "_".join({"x": "y", "images": "labels"}.get(word, word) for word in key.split("_"))
+            return DataError(
+                f"{self._path}: images of {stored} without labels: there is no {label_key!r} beside {key!r}. Save the "
+                "labels too; what needs none takes such a file as it is."
+            )
+        cut = "" if split == stored else f", and no {stored} split to cut one from"
+        return DataError(
+            f"{self._path}: no {split} split in it{cut}, only {', '.join(self._with_images)}. Ask for what is there "
+            f"(split={self._with_images[0]}), or save {stored}_x (and {stored}_y, its labels) too."
+        )
 
     def read(self, split, kind):
         return self._read_key(self._keys[split, kind])
@@ -190,12 +202,20 @@ class _Tables:
         except OSError as error:
             raise DataError(f"{self._path}: cannot be opened ({error.strerror}).") from error
         with raw:
+            magic = raw.read(len(_MAGIC_ARRAY))
+            if magic == _MAGIC_ARRAY:
+                raise DataError(f"{self._path}: holds a single array, expected an .npz archive. {_LAYOUT}")
+            if not magic.startswith(_MAGIC_ZIP):  # NumPy would take it for a pickle, and advise to load that
+                found = f"it begins with {magic!r}" if magic else "it is empty"
+                raise DataError(
+                    f"{self._path}: no .npz archive, whatever its name: {found}. Save plain arrays by np.savez. "
+                    f"{_LAYOUT}"
+                )
+            raw.seek(0)
             try:
                 file = np.load(raw, allow_pickle=False)
             except Exception as error:  # zipfile, zlib, lzma and NumPy each raise their own on a damaged file
-                raise DataError(f"{self._path}: not an .npz file that NumPy reads without pickle ({error}).") from error
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{self._path}: holds a single array, expected an .npz archive. {_LAYOUT}")
+                raise DataError(f"{self._path}: a damaged .npz archive ({error}). Write or copy it again.") from error
             yield file
 
     def _read_key(self, key):
@@ -203,8 +223,10 @@ class _Tables:
             try:
                 array = file[key]
             except Exception as error:  # as above; a header that promises a terabyte is a MemoryError
-                hint = " Objects are never unpickled: save plain arrays." if "pickle" in str(error) else ""
-                raise DataError(f"{self._path}: array {key!r} cannot be read ({error}).{hint}") from error
+                why = f"({error})."
+                if "pickle" in str(error):  # NumPy's own advice is to allow it
+                    why = "because it holds objects, which are never unpickled. Save plain arrays."
+                raise DataError(f"{self._path}: array {key!r} cannot be read {why}") from error
         if not isinstance(array, np.ndarray):
             raise DataError(f"{self._path}: {key!r} is no array.")
         return array
@@ -225,9 +247,12 @@ def _check_images(where, images):
     if images.dtype.kind != "f":
         raise DataError(f"{where}: images are {images.dtype}, expected uint8 on 0 to 255 or floats in [0, 1].")
     images = images.astype(np.float32)
-    num_bad = images.size - int(np.count_nonzero(np.isfinite(images)))
-    if num_bad:
-        raise DataError(f"{where}: {num_bad} of {images.size} pixels are NaN or Inf.")
+    is_bad = ~np.isfinite(images)
+    if is_bad.any():
+        raise DataError(
+            f"{where}: {np.count_nonzero(is_bad)} of {images.size} pixels are NaN or Inf, in "
+            f"{list_some('image', is_bad.any(axis=(1, 2, 3)))}. Leave those out, or save numbers in their place."
+        )
     if images.size and (images.min() < 0.0 or images.max() > 1.0):
         raise DataError(
             f"{where}: float images must lie in [0, 1], found {images.min():g} to {images.max():g}. "
@@ -245,9 +270,17 @@ def _check_labels(where, labels, num_classes):
     if labels.size and not (labels.min() >= 0 and labels.max() < num_classes):
         raise DataError(
             f"{where}: labels run from {labels.min()} to {labels.max()}, but there are {num_classes} class names "
-            f"(labels 0 to {num_classes - 1})."
+            f"(labels 0 to {num_classes - 1}): {list_some('record', (labels < 0) | (labels >= num_classes))}. Leave "
+            "those out, or number the classes from 0 and give class_names a name for each."
         )
     return labels.astype(np.int32)
+
+
+def list_some(what: str, is_one: np.ndarray) -> str:
+    """The first indices where bool[N] is true, and how many there are: "images 3, 7, ... (12 of 40)"."""
+    found = np.flatnonzero(is_one)
+    shown = ", ".join(map(str, found[:_NUM_LISTED])) + (", ..." if len(found) > _NUM_LISTED else "")
+    return f"{what}{'s' if len(found) > 1 else ''} {shown} ({len(found)} of {len(is_one)})"
 
 
 def cut_by_class(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

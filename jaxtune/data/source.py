@@ -70,7 +70,7 @@ def open_source(name: str | Path, split: str, **options: Any) -> DataSource:
 
     Raises:
         UnknownNameError: no such source, split, or option of the source; lists the known ones.
-        DataError: as the source.
+        DataError: an .npy file, or as the source.
     """
     name = str(name)
     if name in NAMED:
@@ -87,6 +87,11 @@ def open_source(name: str | Path, split: str, **options: Any) -> DataSource:
             opener = _import(place)
             check_options(f"data source {ending!r}", opener, options)
             return opener(name, split, **options)
+    if name.endswith(".npy"):
+        raise DataError(
+            f"{name}: an .npy file holds one array, and nothing says of which split. Save it as an .npz: "
+            'np.savez("x.npz", train_x=images, train_y=labels), where nothing needs labels without train_y.'
+        )
     raise unknown_name("data source", name, (*NAMED, "tfds:<name>", *(f"<path>{end}" for end in FILES)))
 
 

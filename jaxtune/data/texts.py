@@ -127,8 +127,8 @@ def open_texts(
     names = [class_prefix + name for name in file.classes[task]]
     if not names and windows is None and not allow_unlabelled:
         raise DataError(
-            f"{path}: the texts of task {task!r} have no labels. For a language model give windows=LENGTH; "
-            "methods that need no labels take them as they are (allow_unlabelled=True)."
+            f"{path}: the texts of task {task!r} have no labels. For a language model give windows=LENGTH; else "
+            'give every line a "label". What needs no labels takes such a file as it is.'
         )
     records = _records(file, split, task, validation_fraction, seed)
     name = stem_of(path) if len(file.classes) == 1 else task
@@ -153,9 +153,11 @@ def _records(file: TextFile, split: str, task: str, fraction: float, seed: int):
     records = file.of(split, task)
     if split == "test" or file.of("validation", task):
         if not records:
-            raise DataError(f"{file.path}: task {task!r} has no {split} texts.")
+            raise DataError(_no_texts(file, split, task))
         return records
     train = file.of("train", task)
+    if not train:
+        raise SplitMissingError(_no_texts(file, split, task))
     labels = np.array([record.label or 0 for record in train], np.int64)
     is_held = cut_by_class(labels, fraction, seed)
     kept = [record for record, held in zip(train, is_held, strict=True) if held == (split == "validation")]
@@ -165,6 +167,15 @@ def _records(file: TextFile, split: str, task: str, fraction: float, seed: int):
             f"{len(train)} train texts leaves none for {split}. Give a larger fraction; some class must have two texts."
         )
     return kept
+
+
+def _no_texts(file, split, task):
+    """Words where a task has no texts of a split."""
+    there = list(dict.fromkeys(record.split for record in file.records if record.task == task))
+    return (
+        f"{file.path}: task {task!r} has no {split} texts, only {', '.join(there)}. Ask for what is there "
+        f"(split={there[0]}), or add lines of that split."
+    )
 
 
 def _longest(file: TextFile, numbering: Tokens) -> int:

@@ -9,8 +9,7 @@ from jaxtune.compose.fisher import draw_coefficients, fisher_candidates
 from jaxtune.compose.scoring import score_logits
 from jaxtune.compose.vectors import widen
 from jaxtune.deciding.search import combine_values, is_complete, search_options, with_options
-from jaxtune.deciding.shares import set_apart
-from jaxtune.deciding.task_models import TaskModels, rank, score_experts, with_teachers
+from jaxtune.deciding.task_models import TaskModels, rank, score_experts, share_out, with_teachers
 from jaxtune.deciding.variants import ESTIMATES, as_it_is, change, entries, mean
 from jaxtune.evaluate.fisher import estimate_fisher, save_fisher
 from jaxtune.evaluate.grams import save_grams
@@ -37,7 +36,7 @@ def choose_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[
     needed = next((kind for word, kind in ESTIMATES.items() if word in method.data), None)
     weighs = recipe.merge_method == "fisher" and not data.search and len(with_data) > 1 and not _says_weights(recipe)
     chooses = bool(needed is None or data.search or weighs)
-    shares = set_apart(models.samples, data.validation, learns=needed is not None, chooses=chooses, seed=data.seed)
+    shares = share_out(models, learns=needed is not None, chooses=chooses)
     learned_on = choosing = shares.given
     default = change(recipe)
     if needed is not None:

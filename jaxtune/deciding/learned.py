@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxtune.compose.registry import HIDDEN, METHODS, compose
-from jaxtune.deciding.shares import set_apart
-from jaxtune.deciding.task_models import TaskModels
+from jaxtune.deciding.task_models import TaskModels, share_out
 from jaxtune.deciding.variants import SOUPS, as_it_is, bare_entries, change, mean, task_arithmetic, task_negation
-from jaxtune.errors import UnknownNameError
+from jaxtune.errors import DataError, UnknownNameError
 from jaxtune.recipes.nodes import did_you_mean
 from jaxtune.recipes.parameters import evaluate_once
 from jaxtune.recipes.schema import Recipe
@@ -50,10 +49,10 @@ def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[s
         raise recipe.error_at("models", f"{recipe.merge_method} takes two models: of the task to lose, and a control.")
     few = FEW.get(recipe.merge_method, {}) if recipe.preset is None else {}
     options = few | _options(recipe, method)
-    share = options.pop("validation", data.validation)
-    shares = set_apart(
-        models.samples, share, learns=recipe.merge_method not in ONLY_CHOOSE,
-        chooses=_chooses(recipe, method.options | options), seed=data.seed,
+    said = options.pop("validation", None)
+    shares = share_out(
+        models, said, learns=recipe.merge_method not in ONLY_CHOOSE,
+        chooses=_chooses(recipe, method.options | options),
         by_class=method.data == "labelled examples",  # others are to find the same where there are no labels
     )  # fmt: skip
     if "validation" in method.options:
@@ -72,9 +71,11 @@ def learn_recipe(models: TaskModels, work: Path) -> tuple[Recipe, Recipe, dict[s
             found = compose(recipe.merge_method, models.like.params, trees, shares.given, seed=data.seed, **options)
         except UnknownNameError as error:
             raise recipe.error_at("parameters", str(error)) from error
+        except DataError as error:
+            raise data.node.get("sources").error(str(error)) from error
     options = {name: value for name, value in options.items() if name not in HIDDEN}
     if "validation" in options:
-        options["validation"] = share  # as it was asked for
+        options["validation"] = data.validation if said is None else said  # as it was asked for
     facts = {"held": shares.judges, "options": {k: v for k, v in options.items() if k != "groups"}}
     facts["chosen_by"] = shares.which
     learned = found.coefficients

@@ -9,8 +9,10 @@ import numpy as np
 
 from jaxtune.checkpoint import Checkpoint
 from jaxtune.compose.objectives import teach
+from jaxtune.compose.registry import METHODS as LEARNED_METHODS
 from jaxtune.compose.scoring import mean_score, score_all, score_logits
 from jaxtune.compose.vectors import widen
+from jaxtune.deciding.shares import Shares, set_apart
 from jaxtune.deciding.variants import has_base
 from jaxtune.deciding.whole import WholeModels, open_whole
 from jaxtune.errors import ConfigError, DataError, UnknownNameError
@@ -19,10 +21,11 @@ from jaxtune.evaluate.logits import Logits
 from jaxtune.evaluate.many import score_many
 from jaxtune.loading import check_same_architecture
 from jaxtune.opening import open_examples
-from jaxtune.recipes.examples import Examples
+from jaxtune.recipes.examples import LEARNED, Examples
 from jaxtune.recipes.resolve import resolve
 from jaxtune.recipes.schema import Recipe
 from jaxtune.sample import Sample
+from jaxtune.sampling import predicts_tokens
 from jaxtune.stream.hold import merge_in_memory
 from jaxtune.tree import unflatten
 from jaxtune.types import Params
@@ -127,6 +130,7 @@ def open_task_models(recipe: Recipe) -> TaskModels:
 def _sample(config, examples: Examples, recipe: Recipe, models: Sequence[Checkpoint]) -> Sample:
     """Examples of one task, as all its models read them."""
     data, name = recipe.data, examples.name
+    learns_labels = recipe.merge_method in LEARNED and LEARNED_METHODS[recipe.merge_method].data == "labelled examples"
     beside = None if recipe.folder is None else recipe.folder / name
     if beside is not None and not Path(name).exists() and beside.exists():
         name = str(beside)
@@ -134,9 +138,43 @@ def _sample(config, examples: Examples, recipe: Recipe, models: Sequence[Checkpo
         return open_examples(
             config, name, models=models, split=examples.split, num_examples=data.samples, seed=data.seed,
             options=examples.options, is_cut_refused=not examples.is_said,
+            needs_labels=learns_labels and not predicts_tokens(config),  # whose labels are the texts themselves
         )  # fmt: skip
     except (ConfigError, DataError, UnknownNameError) as error:
         raise examples.node.error(str(error)) from error
+
+
+def share_out(models: TaskModels, said: float | None = None, **how: Any) -> Shares:
+    """`set_apart` of all samples of a recipe.
+
+    Args:
+        models: Whose samples.
+        said: The share where the recipe's parameters name one; None: that of `data`.
+        **how: As `set_apart`.
+
+    Raises:
+        RecipeError: no such share, or too few examples for it, at the line and key to be changed.
+    """
+    recipe, data = models.recipe, models.recipe.data
+    share = data.validation if said is None else said
+    key, node = "data.validation", data.node.get("validation")
+    if said is not None:
+        key, node = "parameters.validation", recipe.parameters["validation"].node
+    try:
+        shares = set_apart(models.samples, share, seed=data.seed, **how)
+        for one in shares.given if shares.own else ():
+            one.split(shares.own, by_class=False)  # as the method will: the counts are the same whatever the draw
+        return shares
+    except ConfigError as error:
+        raise (node or data.node).error(str(error)) from error
+    except DataError as error:
+        enough = int(0.5 / min(share, 1 - share)) + 2  # of which one may be lost by rounding twice
+        node = node or data.node.get("samples") or data.node
+        few = min(models.samples, key=len)
+        raise node.error(
+            f"{few.name}: {key} is {share}, which of {len(few)} examples leaves none on one side. {enough} of each "
+            "source are enough for it: give more (data.samples), or another share."
+        ) from error
 
 
 def with_teachers(models: TaskModels, samples: Sequence[Sample]) -> list[Sample]:

@@ -187,7 +187,7 @@ def prepare_transport(
 
     Raises:
         UnknownNameError: no such method, or no such option of it; lists the known ones.
-        ConfigError: the method needs examples that are not there.
+        ConfigError: the method needs examples, or labels of them, that are not there.
         JaxtuneError: as the method.
     """
     if method not in METHODS:
@@ -198,7 +198,13 @@ def prepare_transport(
             raise unknown_name(f"option of transport method {method!r}", option, known or ["(none)"])
     needed = METHODS[method].data
     if needed != "none":
-        if sample is None or (needed == "labelled examples" and not sample.is_labelled):
+        if sample is None:
             raise ConfigError(f"transport method {method!r} needs {needed}: pass sample= (on the command line --data).")
+        if needed == "labelled examples" and not sample.is_labelled:
+            able = ", ".join(name for name, one in METHODS.items() if one.data == "unlabelled inputs")
+            raise ConfigError(
+                f"transport method {method!r} needs labelled examples, and {sample.name} has no labels. Give each "
+                f"example its label, or take a method that needs none: {able}."
+            )
         options["sample"] = sample
     return METHODS[method].prepare(key, symmetry, source, finetuned, target, **options)
