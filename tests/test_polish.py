@@ -8,11 +8,12 @@ from small_models import random_params
 
 from jaxtune import tree
 from jaxtune.errors import ConfigError
+from jaxtune.gradients import TeacherLoss
 from jaxtune.models import mlp, registry
-from jaxtune.polish import polish_transport
+from jaxtune.polish import TASK_COST, polish_transport
 from jaxtune.sample import Sample
 from jaxtune.sampling import Forward
-from jaxtune.teach.distill import teach_sample
+from jaxtune.teach.distill import teach_sample, told
 from jaxtune.teach.judging import each_loss, find_gain
 from jaxtune.teach.weights import whole_weights
 from jaxtune.transport.prepared import Prepared
@@ -90,6 +91,51 @@ def test_what_helps_is_kept_in_every_draw(seed):
 
 def test_the_verdict_can_ask_for_more():
     assert polish(64, num_steps=60, rate_factor=3.0, margin=0.9)[1]["verdict"] == "left out"
+
+
+def other_inputs(count, seed):
+    """Far from those of the task, so that what is said of them can change alone."""
+    return Sample("old", {"image": images(count, seed)["image"] + 4.0}, Forward(CONFIG))
+
+
+@pytest.mark.parametrize("num_kept", [8, 64])
+def test_what_is_to_be_kept_can_be_reason_enough(num_kept):
+    """The task is right already, and the moved network has lost what the base said of its old inputs."""
+    sample = Sample("dots", images(32, 1), Forward(CONFIG))
+    options = {"polish": "distill", "num_steps": 60, "rate_factor": 3.0}
+    lost = random_params(CONFIG, seed=5, dtype=np.float32)
+    prepared = Prepared(tree.task_vector(TARGET, lost), registry.symmetry_of(CONFIG))
+    how = (jax.random.key(0), prepared, lost, lost, TARGET, sample)  # the start says what the teacher says
+    params, alone = polish_transport(*how, **options)
+    assert alone.info["polish"]["verdict"] == "left out"
+    jax.tree.map(np.testing.assert_array_equal, dict(params), dict(lost))
+    params, prepared = polish_transport(*how, **options, keep=other_inputs(num_kept, 2), protect=3.0)
+    info = prepared.info["polish"]
+    if num_kept < 20:  # too few to hold any out: nothing says that it helps
+        assert "kept_gain" not in info
+        assert info["verdict"] == "left out"
+        return
+    assert info["verdict"] == "kept"
+    assert info["kept_gain"] > 1.645 * info["kept_gain_error"]
+    assert info["gain"] > -TASK_COST
+    fresh = other_inputs(400, 3)
+    loss, said = TeacherLoss(fresh.forward), told(fresh, TARGET)
+    gain, _ = find_gain(*(each_loss(loss, said, network) for network in (lost, params)))
+    assert gain == pytest.approx(info["kept_gain"], abs=0.15)
+
+
+def test_what_costs_the_task_is_not_kept_for_the_rest():
+    sample = other_inputs(64, 1)
+    prepared = Prepared(tree.task_vector(TARGET, TEACHER), registry.symmetry_of(CONFIG))
+    keep = other_inputs(64, 9)  # the task, answered otherwise
+    _, prepared = polish_transport(
+        jax.random.key(0), prepared, TEACHER, TEACHER, TARGET, sample,
+        polish="distill", num_steps=60, rate_factor=3.0, keep=keep, protect=5.0,
+    )  # fmt: skip
+    info = prepared.info["polish"]
+    assert info["kept_gain"] > 0
+    assert info["gain"] < -TASK_COST
+    assert info["verdict"] == "left out"
 
 
 def test_several_rates_of_the_callers_still_need_examples_to_choose_by():

@@ -67,6 +67,9 @@ def _example_rows(report):
             what = f"exp(-divergence) from the fine-tune on {polish['num_judges']} examples held out in turn"
             seen = f"{before:.3f}, polished {after:.3f}: {polish['gain']:+.3f} ± {polish['gain_error']:.3f}"
             rows.append({"what": what, "value": seen})
+            if "kept_gain" in polish:
+                seen = f"{polish['kept_gain']:+.3f} ± {polish['kept_gain_error']:.3f}"
+                rows.append({"what": "the same of the new base on examples to keep", "value": seen})
         else:
             rows.append(
                 {"what": "judges of the polish", "value": "none: fewer than eight examples are all learned from"}

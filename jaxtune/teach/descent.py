@@ -17,7 +17,7 @@ from jaxtune.errors import ConfigError, NonFiniteError
 from jaxtune.gradients import Loss
 from jaxtune.rng import named_key
 from jaxtune.sample import Sample
-from jaxtune.teach.judging import CHANGING, LEAVING, each_loss, find_gain
+from jaxtune.teach.judging import CHANGING, LEAVING, add_gains, each_loss, find_gain
 from jaxtune.teach.order import Order
 from jaxtune.teach.weights import Learnable
 from jaxtune.train.same_run import check_settings, own_states
@@ -69,7 +69,18 @@ class Aim:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["numbers", "opt_state", "step", "best", "best_score", "best_each", "best_step", "scores", "losses"],
+    data_fields=[
+        "numbers",
+        "opt_state",
+        "step",
+        "best",
+        "best_score",
+        "best_each",
+        "best_kept",
+        "best_step",
+        "scores",
+        "losses",
+    ],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -78,7 +89,8 @@ class DescentState:
 
     Shapes:
         step, best_step: int32[]. Steps of all learning rates together.
-        best_each: float32[held], at least 1. The loss of every held-out example where the numbers were best.
+        best_each, best_kept: float32[held], at least 1. The loss of every held-out example where the numbers were best,
+            of the task and of the support set.
         scores: float32[R, 1 + rounds] of held-out examples, NaN where a round is still to come or none are held.
         losses: float32[R, rounds]. Mean of the loss over the steps of a round.
     """
@@ -89,6 +101,7 @@ class DescentState:
     best: Any
     best_score: Any
     best_each: Any
+    best_kept: Any
     best_step: Any
     scores: Any
     losses: Any
@@ -166,7 +179,8 @@ def descend(
     base = None if base is None or not aim.anchor else _floats(base)
     leaving = (margin, errors)
     num_rounds = -(-num_steps // round_size)
-    state = _first_state(learnable, len(rates), num_rounds, 0 if held is None else len(held))
+    counts = (0 if one is None else len(one) for one in (held, held_support))
+    state = _first_state(learnable, len(rates), num_rounds, *counts)
     settings = {
         "num_steps": num_steps, "batch_size": batch_size, "round_size": round_size, "learning_rates": rates,
         "num_examples": len(sample), "margin": margin, "errors": errors, "schedule_steps": schedule_steps,
@@ -210,7 +224,7 @@ def round_to(params: Params, like: Params) -> dict[str, Any]:
     )
 
 
-def _first_state(learnable, num_rates, num_rounds, num_held):
+def _first_state(learnable, num_rates, num_rounds, num_held, num_kept):
     def nans(*shape):
         return jnp.full(shape, jnp.nan, jnp.float32)
 
@@ -218,6 +232,7 @@ def _first_state(learnable, num_rates, num_rounds, num_held):
         numbers=learnable.numbers, opt_state=ADAM.init(learnable.numbers), step=jnp.zeros((), jnp.int32),
         best=learnable.numbers, best_score=jnp.asarray(jnp.inf, jnp.float32), best_step=jnp.zeros((), jnp.int32),
         best_each=jnp.full(max(num_held, 1), jnp.inf, jnp.float32),  # orbax keeps no empty array
+        best_kept=jnp.full(max(num_kept, 1), jnp.inf, jnp.float32),
         scores=nans(num_rates, 1 + num_rounds), losses=nans(num_rates, num_rounds),
     )  # fmt: skip
 
@@ -232,23 +247,25 @@ def _judge(state, learnable, aim, held, held_support, at, num_steps, leaving):
     if held is None:
         return state
     ask = partial(each_loss, numbers=state.numbers, build=learnable.build, fixed=learnable.fixed)
-    each = ask(aim.loss, held)
-    score = float(np.mean(each))
+    each, kept = ask(aim.loss, held), np.zeros(1)
     if held_support is not None and aim.keep is not None:
-        score += aim.protect * float(np.mean(ask(aim.keep, held_support)))
+        kept = ask(aim.keep, held_support)
+    score = float(np.mean(each)) + aim.protect * float(np.mean(kept))
     state = replace(state, scores=state.scores.at[at].set(score))
     best_step = int(state.best_step)
     is_of_this_rate = best_step and (best_step - 1) // num_steps == at[0]
     if np.isfinite(state.best_score) and not is_of_this_rate:
         margin, errors = (0.0, CHANGING) if best_step else leaving
-        gain, error = find_gain(state.best_each, each)
-        if not gain > max(margin, errors * error):
+        seen = [find_gain(state.best_each, each)]
+        if not best_step and len(kept) > 1:  # what brings the task nothing may still give back what the base could do
+            seen.append(add_gains(seen[0], find_gain(state.best_kept, kept), aim.protect))
+        if not any(gain > max(margin, errors * error) for gain, error in seen):
             return state
     if not score < float(state.best_score):  # NaN is never better
         return state
     return replace(
         state, best=state.numbers, best_score=jnp.asarray(score, jnp.float32), best_step=jnp.asarray(state.step),
-        best_each=jnp.asarray(each, jnp.float32),
+        best_each=jnp.asarray(each, jnp.float32), best_kept=jnp.asarray(kept, jnp.float32),
     )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ def distill(
     errors: float = LEAVING,
     schedule_steps: int | None = None,
     support: Sample | None = None,
+    support_validation: Sample | None = None,
     protect: float = 1.0,
     anchor: float = 0.0,
     weight_decay: float = 0.0,
@@ -108,6 +109,7 @@ def distill(
         schedule_steps: Steps of the schedule, where fewer of them are taken; None: `num_steps`.
         support: Inputs on which the student is to stay as `base` is; where it has labels, half of the penalty is the
             cross-entropy on them (replay).
+        support_validation: Inputs to choose by instead of a share of the support set.
         protect: Factor of the support set's penalty.
         anchor: Factor of `||student - base||² / 2`, which protects where there is no support set.
         weight_decay: Decoupled.
@@ -151,6 +153,7 @@ def distill(
     if support is not None:
         check_sample(support, base, is_labelled=support.is_labelled)
         keep, kept = KeepLoss(support.forward, support.is_labelled), told(support, base)
+        support_validation = None if support_validation is None else told(support_validation, base)
     learnable = choose_learnable(
         learn, named_key(key, "factors"), base, start, rank=lora_rank, patterns=lora_patterns, spec=spec
     )
@@ -158,7 +161,7 @@ def distill(
         sample=taught, start=start, learnable=learnable, aim=Aim(loss, keep, protect, anchor, weight_decay),
         key=named_key(key, "distill"), num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate,
         rate_factor=rate_factor, held_out=held_out, validation=validation, margin=margin, errors=errors,
-        schedule_steps=schedule_steps, support=kept, base=base, series=series,
+        schedule_steps=schedule_steps, support=kept, held_support=support_validation, base=base, series=series,
     )  # fmt: skip
 
 
@@ -235,14 +238,15 @@ def run_descent(
     errors: float = LEAVING,
     schedule_steps: int | None = None,
     support: Sample | None = None,
+    held_support: Sample | None = None,
     base: Params | None = None,
     series: Series | None = None,
 ) -> Distilled:
     """`descend` with a share held out, or `validation` in its place; one rate where there is nothing to choose by."""
-    held, held_support = validation, None
+    held = validation
     if held is None:
         sample, held = hold_out(sample, held_out, key)
-    if support is not None and held is not None:
+    if support is not None and held is not None and held_support is None:
         support, held_support = hold_out(support, held_out, named_key(key, "support"))
     if learning_rate is None:
         rates = learnable.rates if held is not None else learnable.rates[len(learnable.rates) // 2 :][:1]

@@ -50,6 +50,11 @@ def find_gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     return float(np.mean(gains)), float(error)
 
 
+def add_gains(task: tuple[float, float], kept: tuple[float, float], protect: float) -> tuple[float, float]:
+    """(gain, standard error) of a task and, `protect` times, of a support set that is judged apart."""
+    return task[0] + protect * kept[0], (task[1] ** 2 + (protect * kept[1]) ** 2) ** 0.5
+
+
 def each_loss(
     loss: Loss, sample: Sample, numbers: Any, *, build: Callable[[Any, Any], Params] | None = None, fixed: Any = None
 ) -> np.ndarray:
