@@ -184,7 +184,7 @@ class Trap:
 def test_nothing_is_unpickled(tmp_path):
     path = tmp_path / "trap.npz"
     path.write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(DataError, match="no .npz archive"):
+    with pytest.raises(DataError, match=r"no \.npz archive"):
         open_npz(path, "test")
     member = io.BytesIO()
     np.lib.format.write_array(member, np.array([Trap()], object), allow_pickle=True)
