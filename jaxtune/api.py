@@ -197,19 +197,12 @@ def transport(
 
     Raises:
         ConfigError: the architecture is unknown, or the three differ in it, or in widths that the method cannot carry
-            between.
+            between; a sample or a `keep` that nothing reads.
         InexactElementError: the family declares the element exact and outputs say otherwise.
         JaxtuneError: the trees do not fit, hold NaN, or the method or an option is unknown.
     """
     if method not in TRANSPORT_METHODS:
         raise unknown_name("transport method", method, TRANSPORT_METHODS)
-    if sample is not None and TRANSPORT_METHODS[method].data == "none" and polish == "none":
-        raise ConfigError(
-            f"sample=: method {method!r} does not look at examples. Pass polish='distill', which teaches the result on "
-            "them, or a method that does."
-        )
-    if keep is not None and polish == "none":
-        raise ConfigError("keep= goes with a polish: pass polish='distill'.")
     opened = {"source": source, "finetuned": finetuned, "target": target}
     if isinstance(finetuned, str | Path) and is_adapter(finetuned):
         finetuned = opened["finetuned"] = read_adapter(finetuned)
@@ -220,6 +213,13 @@ def transport(
         opened["finetuned"] = open_adapted(finetuned, opened["source"])
     others = other_widths(opened)
     check_widths(method, others)
+    if sample is not None and TRANSPORT_METHODS[method].data == "none" and polish == "none":
+        raise ConfigError(
+            f"sample=: method {method!r} does not look at examples. Pass polish='distill', which teaches the result on "
+            "them, or a method that does."
+        )
+    if keep is not None and polish == "none":
+        raise ConfigError("keep= goes with a polish: pass polish='distill'.")
     movers = ("source", "finetuned")
     own_widths = movers if TRANSPORT_METHODS[method].widths_may_differ else ()
     models, config = open_models(opened, config, roles_with_own_words=movers, roles_with_own_widths=own_widths)

@@ -302,7 +302,7 @@ TRAINED = sorted(
     path.stem for path in CONFIGS.glob("*.py") if path.stem.startswith(("pretrain", "release", "finetune"))
 )
 MAINS = {"barrier": barrier, "few": few, "merge_glyphs": merge, "merge_intents": merge, "soups": soups}
-MAINS |= {"versions": versions}
+MAINS |= {"polish": few, "versions": versions}
 
 
 def test_every_config_has_a_test_of_its_fields():
