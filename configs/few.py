@@ -6,11 +6,10 @@ DIR holds the sets of configs/ladder.py, whose bases and fine-tunes these are: -
 takes them from there.
 """
 
+import importlib.util
 from pathlib import Path
 
 import ml_collections
-
-from experiments.config_file import read_config_file
 
 
 def get_config():
@@ -32,7 +31,7 @@ def get_config():
         batch_size=64,
     )
     c.rungs = dict(release=(), branch=(), continued_rate=1e-3, has_other_data=False)
-    c.tasks = read_config_file(Path(__file__).with_name("ladder.py")).get_config().tasks.to_dict()
+    c.tasks = _read_neighbour("ladder").tasks.to_dict()
     c.finetune = dict(num_steps=150, batch_size=64, learning_rate=1e-3)
     c.num_test, c.num_support = 1000, 500
     c.num_kept = 64
@@ -80,3 +79,10 @@ def ways():
     rows["proxy logits"] = dict(way="proxy logits")
     rows["nearest mean"] = dict(way="nearest mean")
     return rows
+
+
+def _read_neighbour(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()

@@ -6,11 +6,10 @@ DIR holds texts as .jsonl.gz (task, split, text, label, label_name): clinc_domai
 learnt to tell the intents of banking77 and snips; the tasks are the nine domains of CLINC150, fifteen intents each.
 """
 
+import importlib.util
 from pathlib import Path
 
 import ml_collections
-
-from experiments.config_file import read_config_file
 
 TASKS = (
     "clinc_auto_and_commute",
@@ -28,7 +27,7 @@ TEXTS = dict(length=24, vocab_size=4096, vocabulary=FILES)
 
 
 def get_config():
-    glyphs = read_config_file(Path(__file__).with_name("merge_glyphs.py"))
+    glyphs = _read_neighbour("merge_glyphs")
     c = ml_collections.ConfigDict()
     c.seeds = (0, 1, 2)
     c.data_dir = ""
@@ -62,3 +61,10 @@ def get_config():
     c.num_samples = 64
     c.num_validation, c.num_test = 300, 450
     return c
+
+
+def _read_neighbour(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -6,13 +6,12 @@ DIR and --config.networks are those of configs/few.py. Bases: a new release (tra
 data), a branch (the same first half of the training), and another seed.
 """
 
+import importlib.util
 from pathlib import Path
-
-from experiments.config_file import read_config_file
 
 
 def get_config():
-    c = read_config_file(Path(__file__).with_name("few.py")).get_config()
+    c = _read_neighbour("few")
     c.rungs.update(release=(1.0,), branch=(0.5,))
     c.tasks = {name: c.tasks[name].to_dict() for name in ("thai_digits", "consonants")}
     c.sizes = (8, 32, 64)
@@ -24,3 +23,10 @@ def get_config():
     }
     c.comparisons = (("auto, then polish, support kept", "auto, then polish"),)
     return c
+
+
+def _read_neighbour(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
