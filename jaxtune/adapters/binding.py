@@ -174,10 +174,11 @@ def sides_of(matrix: Matrix, path: str) -> tuple[Side, Side]:
 
 def network_name(name: str, table: KeyTable) -> str:
     """What the network of transformers 5 calls a stored tensor."""
-    stored = {name for row in table.rows for name in row.names}
     renamed = RENAMED
-    if any(DINO[0][1] in one for one in stored):
-        renamed = VIT if any(VIT[4][1] in one for one in stored) else DINO
+    if VIT[-1][1] in name:  # of BERT too, which keeps its names
+        stored = [one for row in table.rows for one in row.names]
+        if any(DINO[0][1] in one for one in stored):
+            renamed = VIT if any(VIT[4][1] in one for one in stored) else DINO
     for ours, theirs in renamed:
         name = name.replace(theirs, ours)
     # A file of the trunk alone, with a head that is tied to its table: the older GPT-2 on the hub.
